@@ -1,0 +1,110 @@
+"""Rows of tokens, and batches that carry their lengths.
+
+A row is one prompt and one response; the end-of-text token closes the response and its reward is
+the response's reward. Rows are padded on the right, so under causal attention no real token ever
+sees padding and no attention mask is needed. Nothing is inferred from token ids.
+"""
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import UserError
+from data.pairs import read_pairs
+
+
+class Row(NamedTuple):
+    prompt: np.ndarray      # token ids, the oldest cut off where the context is too short
+    response: np.ndarray    # token ids, end-of-text last, never cut
+    truncated: bool         # whether the prompt was cut
+
+    def __len__(self):
+        return len(self.prompt) + len(self.response)
+
+
+def make_row(prompt, response, tokenizer, block_size):
+    """Text -> Row, or None where the response and one token of prompt do not fit into the context."""
+    prompt, response = tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.end_of_text]
+    room = block_size - len(response)
+    if room < 1:
+        return None
+    return Row(np.array(prompt[-room:], np.int32), np.array(response, np.int32), len(prompt) > room)
+
+
+@dataclass
+class PairData:
+    pairs: list     # Pair, those that fit into the context
+    rows: list      # (chosen Row, rejected Row) of each
+    skipped: int    # bad rows and pairs with a response too long for the context
+
+
+def load_pairs(path, tokenizer, block_size, strict=False, as_dialogue=False):
+    """A JSONL file of pairs, read, checked and tokenised; what is left out is printed and counted."""
+    pairs, bad = read_pairs(path, strict, as_dialogue)
+    both = [(make_row(pair.prompt, pair.chosen, tokenizer, block_size),
+             make_row(pair.prompt, pair.rejected, tokenizer, block_size)) for pair in pairs]
+    kept = [index for index, rows in enumerate(both) if None not in rows]
+    rows = [both[index] for index in kept]
+    long = len(pairs) - len(kept)
+    cut = sum(chosen.truncated or rejected.truncated for chosen, rejected in rows)
+    if long and strict:
+        raise UserError(f"{path}: {long} pairs have a response longer than the context of {block_size} tokens")
+    if bad or long or cut:
+        print(f"{path}: {len(kept)} pairs; left out {bad} bad rows and {long} with a response longer than the "
+              f"context ({block_size} tokens); prompts cut at their start: {cut}")
+    if not kept:
+        raise UserError(f"{path}: no pair fits into the context of {block_size} tokens")
+    return PairData([pairs[i] for i in kept], rows, bad + long)
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor    # (rows, T) int64
+    mask: torch.Tensor      # (rows, T) bool, True on response tokens
+    last: torch.Tensor      # (rows,) int64, the position of each response's last token
+    probs: torch.Tensor     # (rows, T-1), the generator's probability of token t+1; 0 where it is not known
+
+    def to(self, device):
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def collate(rows, probs=None):
+    """Rows (and the probabilities of each one's response tokens) -> Batch, padded on the right to the longest."""
+    longest = max(map(len, rows))
+    tokens, mask = np.zeros((len(rows), longest), np.int64), np.zeros((len(rows), longest), bool)
+    link_probs = np.zeros((len(rows), longest - 1), np.float32)
+    for i, row in enumerate(rows):
+        start, end = len(row.prompt), len(row)
+        tokens[i, :start], tokens[i, start:end] = row.prompt, row.response
+        mask[i, start:end] = True
+        if probs is not None:
+            link_probs[i, start - 1:end - 1] = probs[i]
+    last = torch.tensor([len(row) - 1 for row in rows])
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), last, torch.from_numpy(link_probs))
+
+
+def pair_rows(pairs):
+    """[(chosen, rejected), ...] -> 2B rows: all chosen first, then the rejected in the same order."""
+    return [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+
+
+def in_length_order(rows, batch_size):
+    """Indices of rows in batches of similar length, for evaluation: every row once, little padding."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def training_indices(step, count, batch_size, seed):
+    """Which of `count` items make up the batch of one step: epoch after epoch, each in its own order.
+
+    A function of its arguments alone, so that a run is continued at any step by its number.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [int(permutation(count, seed, position // count)[position % count]) for position in positions]
+
+
+@lru_cache(maxsize=8)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -1,0 +1,103 @@
+"""Make a dataset of any JSONL file of pairs: a folder data/NAME with train.jsonl, val.jsonl and its tokenizer.
+
+    python data/prepare.py --name=mine --input=pairs.jsonl --tokenizer=bpe:4096
+    python train.py --dataset=mine
+
+The held-out part is taken by prompt: no prompt stands in both. The formats that are read: data/pairs.py.
+"""
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import UserError, run_script, show, write_json
+from data import tokenizer as tokenizers
+from data.pairs import read_pairs
+
+DATA = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    name: str = ""              # the dataset's name: its folder under data/
+    input: str = ""             # a JSONL file of pairs (.gz is read too)
+    tokenizer: str = "gpt2"     # gpt2, or bpe:SIZE for a vocabulary trained on the pairs
+    val_share: float = 0.1      # share of prompts held out as val.jsonl
+    strict: bool = False        # stop at the first bad row
+    as_dialogue: bool = False   # write plain prompts as one Human turn
+
+
+def dataset_folder(name):
+    """data/NAME, refusing names that are not one plain folder."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"a dataset's name is one folder's name under data/, not {name!r}")
+    return DATA / name
+
+
+def write_dataset(folder, splits, tokenizer_name, kind="pairs"):
+    """Write {split: rows} and a tokenizer (trained on `train` where it is a bpe) into folder.
+
+    dataset.json is written last: its presence says that the folder is whole. kind 'toy' says that
+    the toy world wrote the splits, so that their exact values are known."""
+    texts = (text for row in splits["train"] for text in (row["prompt"], row["chosen"], row["rejected"]))
+    tokenizer = tokenizers.make(tokenizer_name, texts)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
+    try:
+        for split, rows in splits.items():
+            (temporary / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "dataset.json").unlink(missing_ok=True)
+        for path in temporary.iterdir():
+            path.replace(folder / path.name)
+        write_json(folder / "dataset.json", {"kind": kind, "tokenizer": tokenizer.to_dict()})
+    finally:
+        shutil.rmtree(temporary)
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    print(f"wrote {folder}: {counts}; tokenizer {tokenizer_name} of {tokenizer.vocab_size} tokens")
+
+
+def open_dataset(name):
+    """A prepared dataset's name -> (its folder, its kind, its tokenizer)."""
+    folder = dataset_folder(name)
+    if not (folder / "dataset.json").is_file():
+        known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+        make = (f"python data/{name}/prepare.py" if name in known else
+                f"python data/prepare.py --name={name} --input=FILE.jsonl (or use one of: {', '.join(known)})")
+        raise UserError(f"no dataset {name!r} yet; make it with {make}")
+    try:
+        described = json.loads((folder / "dataset.json").read_text())
+        return folder, described["kind"], tokenizers.from_dict(described["tokenizer"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'dataset.json'} is damaged; prepare the dataset again") from None
+
+
+def held_out(prompt, share):
+    """Whether a prompt belongs to the held-out part: decided by the prompt alone."""
+    return zlib.crc32(prompt.encode("utf-8", "surrogatepass")) % 10000 < share * 10000
+
+
+def prepare_pairs(name, path, pairs, config):
+    """Split pairs by prompt and write them as the dataset data/NAME."""
+    splits = {"train": [], "val": []}
+    for pair in pairs:
+        splits["val" if held_out(pair.prompt, config.val_share) else "train"].append(
+            {key: value for key, value in asdict(pair).items() if value})
+    for split, rows in splits.items():
+        if not rows:
+            raise UserError(f"{path}: no pair left for {split} with --val_share={config.val_share}")
+    write_dataset(dataset_folder(name), splits, config.tokenizer)
+
+
+def main(config):
+    show(config)
+    dataset_folder(config.name)
+    pairs, _ = read_pairs(config.input, config.strict, config.as_dialogue)
+    prepare_pairs(config.name, config.input, pairs, config)
+
+
+if __name__ == "__main__":
+    run_script(PrepareConfig, main)

@@ -1,0 +1,172 @@
+"""The generator: a language model whose next-token probabilities say which prefixes must agree.
+
+It is trained on the responses of the training pairs, chosen and rejected, each normalised by its own
+length, and then frozen (section 4 of the paper). From then on its probability p of every response token
+never changes, so p is written down once. It also samples responses, for best-of-N.
+
+    python generator.py --dataset=toy
+
+`python train.py` does this by itself where no generator is found.
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import Run, UserError, check_finite, fingerprint, load_checkpoint, run_script, show, write_atomically
+from data import tokenizer as tokenizers
+from data.batches import collate, in_length_order, load_pairs, pair_rows, training_indices
+from data.prepare import open_dataset
+from model import (KVCache, LanguageModel, ModelConfig, autocast, learning_rate, make_optimizer, pick_device, update)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    dataset: str = "toy"            # a folder under data/, made by its prepare.py
+    out_dir: str = ""               # empty: out/DATASET-generator
+    seed: int = 0                   # initial weights and order of the data
+    n_layer: int = 2                # transformer blocks
+    n_head: int = 4                 # attention heads
+    n_embd: int = 64                # channels
+    block_size: int = 160           # longest row, in tokens
+    steps: int = 500                # updates
+    batch_size: int = 16            # pairs per update: twice as many responses
+    learning_rate: float = 4e-3     # peak
+    warmup: int = 20                # updates of linear warm-up
+    weight_decay: float = 0.1       # on matrices
+    clip: float = 1.0               # largest gradient norm
+    log_interval: int = 100         # updates between log lines
+    save_interval: int = 250        # updates between checkpoints
+    device: str = "auto"            # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"             # auto (bfloat16 on CUDA), float32, bfloat16
+    strict: bool = False            # stop at the first bad row
+    overwrite: bool = False         # start over where out_dir holds another run
+
+
+def length_normalised_nll(logprobs, mask):
+    """mean over responses of  -1/|y| sum_t log P(y_t | x, y_<t);  (rows, T-1), (rows, T) -> ()."""
+    return -(logprobs.sum(1) / mask.sum(1)).mean()
+
+
+def train_generator(config):
+    """Train, or continue, or just load the generator in config.out_dir; returns the frozen LanguageModel."""
+    device = pick_device(config.device)
+    folder, _, tokenizer = open_dataset(config.dataset)
+    sizes = ModelConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
+    run = Run(config.out_dir, "generator", config, config.overwrite)
+    torch.manual_seed(config.seed)
+    model = LanguageModel(sizes).to(device)
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    first = run.restore(model, optimizer)
+    if first < config.steps:
+        pairs = load_pairs(folder / "train.jsonl", tokenizer, config.block_size, config.strict).rows
+        for step in tqdm(range(first, config.steps), "generator", config.steps, initial=first, disable=None, leave=False):
+            rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
+            rows = pair_rows([pairs[i] for i in training_indices(step, len(pairs), config.batch_size, config.seed)])
+            batch = collate(rows).to(device)
+            with autocast(device, config.dtype):
+                loss = length_normalised_nll(model(batch.tokens, batch.mask), batch.mask)
+            grad_norm = update(model, optimizer, loss, rate, config.clip)
+            done = step + 1
+            if done % config.log_interval == 0 or done % config.save_interval == 0 or done == config.steps:
+                record = {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
+                check_finite(done, record["loss"], record["grad_norm"])
+                run.log(record)
+                tqdm.write(f"generator step {done:5d}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}")
+            if done % config.save_interval == 0 or done == config.steps:
+                run.save(done, model, optimizer, model_config=dataclasses.asdict(sizes), tokenizer=tokenizer.to_dict())
+    return model.eval().requires_grad_(False)
+
+
+def load_generator(folder, device):
+    """A finished generator's folder -> (frozen LanguageModel, its tokenizer)."""
+    checkpoint = load_checkpoint(folder, "generator", device)
+    if checkpoint["step"] < checkpoint["settings"]["steps"]:
+        raise UserError(f"the generator in {folder} is unfinished; continue it with the command that started it")
+    model = LanguageModel(ModelConfig(**checkpoint["model_config"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval().requires_grad_(False), tokenizers.from_dict(checkpoint["tokenizer"])
+
+
+@torch.no_grad()
+def response_probs(model, rows, batch_size=64):
+    """p of every response token given all before it: a list of float32 arrays, one per row."""
+    device = model.lm_head.weight.device
+    found = [None] * len(rows)
+    for indices in in_length_order(rows, batch_size):
+        batch = collate([rows[i] for i in indices]).to(device)
+        logprobs = model(batch.tokens, batch.mask).cpu()
+        for i, row_logprobs in zip(indices, logprobs):
+            start, end = len(rows[i].prompt), len(rows[i])
+            found[i] = row_logprobs[start - 1:end - 1].exp().numpy()
+    return found
+
+
+def stored_probs(model, rows, folder):
+    """response_probs, computed once: 4 bytes per response token in folder/probs-KEY.pt.
+
+    KEY is the fingerprint of the weights and of the rows, so other weights or other data never
+    find this file; a file whose content does not fit its key is refused.
+    """
+    key = fingerprint(model.state_dict(), *(part for row in rows for part in row[:2]),
+                      np.array([len(part) for row in rows for part in row[:2]]))
+    path = Path(folder) / f"probs-{key[:16]}.pt"
+    lengths = [len(row.response) for row in rows]
+    if not path.exists():
+        flat = torch.from_numpy(np.concatenate(response_probs(model, rows)))
+        write_atomically(path, lambda temporary: torch.save({"kind": "probs", "key": key, "probs": flat}, temporary))
+    stored = load_checkpoint(path, "probs")
+    if stored["key"] != key or len(stored["probs"]) != sum(lengths):
+        raise UserError(f"{path} does not belong to this generator and these pairs; delete it to have it made again")
+    return np.split(stored["probs"].numpy(), np.cumsum(lengths)[:-1])
+
+
+@torch.no_grad()
+def sample(model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0, top_p=1.0):
+    """Continue each prompt n ways; the prompt is read once and its keys and values serve all n rows.
+
+    prompts (P, T) int64, all of one length; rng: torch.Generator on their device.
+    Returns (P, n, new tokens), end-of-text in every place after a response's end.
+    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability.
+    """
+    block_size = model.transformer.config.block_size
+    room = min(max_new_tokens, block_size - prompts.size(1))
+    if room < 1:
+        raise UserError(f"the prompt fills the context of {block_size} tokens; nothing can be sampled")
+    cache = KVCache(model.transformer.config, len(prompts), prompts.device, model.lm_head.weight.dtype)
+    hidden = model.transformer(prompts, cache)[:, -1].repeat_interleave(n, dim=0)   # (P n, C)
+    cache.repeat(n)
+    done = torch.zeros(len(hidden), dtype=torch.bool, device=prompts.device)
+    found = []
+    while True:
+        token = draw(model.lm_head(hidden), rng, temperature, top_p)
+        token = torch.where(done, end_of_text, token)
+        found.append(token)
+        done |= token == end_of_text
+        if len(found) == room or done.all():
+            return torch.stack(found, 1).view(len(prompts), n, -1)
+        hidden = model.transformer(token[:, None], cache)[:, -1]
+
+
+def draw(logits, rng, temperature, top_p):
+    """One token from each row of logits: (rows, V) -> (rows,)."""
+    if temperature == 0:
+        return logits.argmax(1)
+    probs = (logits.float() / temperature).softmax(1)
+    if top_p < 1:
+        ordered, index = probs.sort(1, descending=True)
+        ordered[ordered.cumsum(1) - ordered >= top_p] = 0.0  # the token that crosses top_p stays
+        probs = torch.zeros_like(probs).scatter_(1, index, ordered)
+    return torch.multinomial(probs, 1, generator=rng).squeeze(1)
+
+
+def main(config):
+    show(config)
+    train_generator(dataclasses.replace(config, out_dir=config.out_dir or f"out/{config.dataset}-generator"))
+
+
+if __name__ == "__main__":
+    run_script(GeneratorConfig, main)

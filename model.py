@@ -1,0 +1,213 @@
+"""A GPT-2 shaped transformer, written out, with the two heads of a reward model.
+
+The trunk has GPT-2's architecture and parameter names (Radford et al. 2019), so that its published
+weights map by name. `LanguageModel` is the generator: trunk and tied LM head. `RewardModel` is the
+trunk, a linear head that reads a reward at every prefix, and an untied LM head for the language-model
+term of the objective (GRM, Yang et al., arXiv 2406.10216).
+
+Left out: dropout, and any attention mask but the causal one (rows are padded on the right, where
+no real token looks).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError, choose
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    block_size: int     # longest row, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+
+class KVCache:
+    """Keys and values of the tokens read so far: (rows, n_head, block_size, head size) per layer, and their number."""
+
+    def __init__(self, config, rows, device, dtype):
+        shape = (2, config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store k, v (rows, n_head, T, head size) behind what is there; returns all keys and values of the layer."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length:end], self.values[layer, :, :, self.length:end] = k, v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def repeat(self, n):
+        """Every row n times, neighbours: one prompt read once and continued n ways."""
+        self.keys = self.keys.repeat_interleave(n, dim=1)
+        self.values = self.values.repeat_interleave(n, dim=1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.layer = config.n_head, layer
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)      # (B, n_head, T, head size)
+                   for part in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        # One new token sees everything before it; several are a prompt, read into an empty cache.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))           # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The trunk: tokens (B, T) -> hidden states (B, T, C), after the last layer norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # residual projections start smaller, as many as are summed
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** (0.5 if "c_proj" in name else 0))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens, cache=None):
+        start = cache.length if cache is not None else 0
+        x = self.wte(tokens) + self.wpe.weight[start:start + tokens.size(1)]    # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += tokens.size(1)
+        return self.ln_f(x)
+
+
+class LanguageModel(nn.Module):
+    """The generator: trunk and an LM head tied to the embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = GPT(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, tokens, mask):
+        """tokens, mask (rows, T) -> log-probability of each response token, (rows, T-1)."""
+        return token_logprobs(self.transformer(tokens), self.lm_head, tokens, mask)
+
+
+class RewardModel(nn.Module):
+    """The trunk, a reward head read at every prefix, and an LM head of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = GPT(config)
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    @classmethod
+    def from_generator(cls, generator):
+        """Trunk and LM head are copies of the generator's; the reward head is new."""
+        model = cls(generator.transformer.config)
+        model.transformer.load_state_dict(generator.transformer.state_dict())
+        model.lm_head.load_state_dict(generator.lm_head.state_dict())
+        return model
+
+    def forward(self, tokens):
+        """tokens (rows, T) -> rewards (rows, T) in fp32, one per prefix, and hidden states (rows, T, C)."""
+        hidden = self.transformer(tokens)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rewards = self.score(hidden.float()).squeeze(-1)     # (rows, T)
+        return rewards, hidden
+
+
+def token_logprobs(hidden, lm_head, tokens, mask):
+    """log P(token t+1 | tokens 0..t) where token t+1 is a response token, 0 elsewhere; (rows, T-1) in fp32.
+
+    hidden (rows, T, C), tokens and mask (rows, T). Logits are made for those positions only.
+    """
+    wanted = mask[:, 1:]                                                # (rows, T-1)
+    logits = lm_head(hidden[:, :-1][wanted])                            # (response tokens, V)
+    logprobs = -F.cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
+    return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, logprobs)
+
+
+def make_optimizer(model, learning_rate, weight_decay):
+    """AdamW; weight decay on matrices only (not on biases and layer norms)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95),
+                             fused=parameters[0].device.type == "cuda")
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up to peak over `warmup` steps, then a half cosine down to a tenth of it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def update(model, optimizer, loss, rate, clip):
+    """One step of the optimizer at this learning rate; returns the gradient's norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return norm
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={name} cannot be used here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def autocast(device, dtype):
+    """Mixed precision for a forward pass: dtype 'auto' is bfloat16 on CUDA and float32 elsewhere."""
+    low = choose("dtype", dtype, {"auto": device.type == "cuda", "bfloat16": True, "float32": False})
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)

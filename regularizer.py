@@ -1,0 +1,159 @@
+"""Intra-trajectory consistency: the derivation, and every regularizer in the box. The student's file.
+
+    python regularizer.py       the derivation checked on an enumerated world; one response link by link
+
+Read the reward of a prefix as the probability that the response will turn out well,
+r(y_1:m) = P(e | x, y_1:m). The law of total probability (the paper's Eq. 3) ties each prefix to its
+continuations,
+
+    r(y_1:m) = sum over next tokens y' of P(y' | x, y_1:m) r(y_1:m, y'),
+
+and so, for the token that was really generated, with probability p and rewards in [0, 1],
+
+    |r(y_1:m) - r(y_1:m+1)| <= 1 - p.                                         (the gap bound)
+
+A predictable token cannot change what we believe about the outcome; a surprising one may. That is
+all the derivation gives. The paper's loss (`icrm`) is inspired by it, it does not follow from it.
+
+Every regularizer is f(rewards (2B, T), probs (2B, T-1), mask (2B, T)) -> (penalty (), scale () or None).
+Rows are B chosen responses, then the B rejected ones in the same order. Link t joins the prefixes
+that end with tokens t and t+1 of a response; probs[:, t] is the generator's P(token t+1 | tokens 0..t).
+`penalty` carries gradient. `scale` is what the training loop's running normaliser S follows (penalty
+is divided by S), None where nothing is normalised. There is no state here.
+
+To add your own: write such a function and put it into REGULARIZERS.
+"""
+import torch
+import torch.nn.functional as F
+
+
+# The derivation ------------------------------------------------------------------------------------
+
+def total_probability(probs, rewards):
+    """Eq. 3: r(prefix) = sum_y' P(y' | prefix) r(prefix, y').  (..., V), (..., V) -> (...)"""
+    return (probs * rewards).sum(-1)
+
+
+def gap_bound(probs):
+    """|r(y_1:m) - r(y_1:m+1)| <= 1 - p for rewards in [0, 1].  (...) -> (...)"""
+    return 1 - probs
+
+
+# Values and links ----------------------------------------------------------------------------------
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x where mask is True (0 where it is nowhere). What is masked out may be NaN: it is never touched."""
+    kept = torch.where(mask, x, 0.0)
+    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def value_logits(rewards, mask):
+    """logit of z_t (Eq. 4): r_t - sg[mean of the opposing response's r] on chosen rows, its negative on rejected.
+
+    (2B, T), (2B, T) -> (2B, T). So sigmoid gives  z = sigma(r - mean)  and  z = 1 - sigma(r - mean).
+    """
+    rewards = torch.where(mask, rewards, 0.0)
+    means = masked_mean(rewards, mask, dim=1).detach()[:, None]     # (2B, 1)
+    B = len(rewards) // 2
+    return torch.cat([rewards[:B] - means[B:], means[:B] - rewards[B:]])
+
+
+def link_mask(mask):
+    """True for the links with both ends inside the response.  (2B, T) -> (2B, T-1)"""
+    return mask[:, :-1] & mask[:, 1:]
+
+
+# The regularizers ----------------------------------------------------------------------------------
+
+def none(rewards, probs, mask):
+    """0: the GRM or Bradley-Terry baseline takes the same path."""
+    return rewards.new_zeros(()), None
+
+
+def icrm(rewards, probs, mask):
+    """The paper's loss: mutually weighted binary cross-entropy of neighbours, weighted by p.
+
+    l_t = -1/2 { sg[z_t+1] log z_t + sg[z_t] log z_t+1 },  penalty = mean over links of 2 p_t l_t,
+    scale = mean over links of 2 p_t (z_t + z_t+1) / 2.
+    """
+    links = link_mask(mask)                                             # (2B, T-1)
+    log_z = F.logsigmoid(value_logits(rewards, mask))                   # (2B, T)
+    z = log_z.detach().exp()
+    l = -0.5 * (z[:, 1:] * log_z[:, :-1] + z[:, :-1] * log_z[:, 1:])    # (2B, T-1)
+    penalty = masked_mean(2 * probs * l, links)
+    scale = masked_mean(2 * probs * (z[:, :-1] + z[:, 1:]) / 2, links)
+    return penalty, scale
+
+
+def icrm_uniform(rewards, probs, mask):
+    """Control: `icrm` with p = 1 on every link. Do the generator's probabilities matter?"""
+    return icrm(rewards, torch.ones_like(probs), mask)
+
+
+def dense_bt(rewards, probs, mask):
+    """Control: -log z_t at every response token. Propagating the label, with no consistency in it."""
+    return masked_mean(-F.logsigmoid(value_logits(rewards, mask)), mask), None
+
+
+def squared_gap(rewards, probs, mask):
+    """The obvious two-sided consistency: p_t (z_t - z_t+1)^2."""
+    z = torch.sigmoid(value_logits(rewards, mask))
+    return masked_mean(probs * (z[:, :-1] - z[:, 1:]) ** 2, link_mask(mask)), None
+
+
+REGULARIZERS = {
+    "none": none,
+    "icrm": icrm,
+    "icrm_uniform": icrm_uniform,
+    "dense_bt": dense_bt,
+    "squared_gap": squared_gap,
+}
+
+
+# Two demonstrations --------------------------------------------------------------------------------
+
+def enumerated_world(depth=5, vocabulary=3, seed=0):
+    """A random world small enough to write down: at each depth m, the probabilities of the next token
+    (V^m, V) and the exact reward of every prefix (V^m,), found backwards from the leaves by Eq. 3."""
+    rng = torch.Generator().manual_seed(seed)
+    probs = [torch.rand(vocabulary ** m, vocabulary, generator=rng).double().pow(4) for m in range(depth)]
+    probs = [p / p.sum(1, keepdim=True) for p in probs]
+    rewards = [(torch.rand(vocabulary ** depth, generator=rng) < 0.5).double()]     # a leaf is good or bad
+    for p in reversed(probs):
+        rewards.insert(0, total_probability(p, rewards[0].view(-1, vocabulary)))
+    return probs, rewards
+
+
+def show_derivation():
+    probs, rewards = enumerated_world()
+    print("1. The gap bound |r(y_1:m) - r(y_1:m+1)| <= 1 - p in a world of 3 tokens and 5 steps,")
+    print("   every prefix enumerated; rewards are exact probabilities of a good end.\n")
+    print("   step   links   largest gap   largest gap / (1 - p)   links that break the bound")
+    for m, p in enumerate(probs):
+        gap = (rewards[m][:, None] - rewards[m + 1].view_as(p)).abs()
+        broken = (gap > gap_bound(p) + 1e-12).sum()
+        print(f"   {m:4d}   {p.numel():5d}   {gap.max():11.4f}   {(gap / gap_bound(p)).max():21.4f}   {broken:26d}")
+
+
+def show_response():
+    words = "The soup was cold , as usual , but the staff were lovely .".split()
+    p = torch.tensor([.02, .9, .03, .5, .3, .9, .8, .1, .7, .05, .9, .04, .8])
+    rewards = torch.tensor([.1, .1, .2, -.9, -.8, -1.3, -.6, -.7, -.1, -.2, .2, .1, 1., .9])
+    rewards = torch.stack([rewards, torch.zeros(len(words))])     # the opposing response's rewards are 0
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    z = torch.sigmoid(value_logits(rewards, mask))[0]
+    print("\n2. A chosen response under `icrm`: the penalty of a link is 2 p l. A predictable step (p near 1)")
+    print("   ties its two values together; a surprising one (p near 0) may change the value for nothing.\n")
+    print("   token t    -> token t+1       p     z_t   z_t+1   penalty   gap bound")
+    for t in range(len(words) - 1):
+        link = torch.zeros_like(mask)
+        link[0, t:t + 2] = True  # one link of one row; the opponent's mean stays what it was, 0
+        penalty, _ = icrm(rewards, p.expand(2, -1), link)
+        held = "kept" if (z[t] - z[t + 1]).abs() <= gap_bound(p[t]) else "broken"
+        print(f"   {words[t]:10s} -> {words[t + 1]:10s}  {p[t]:5.2f}  {z[t]:6.3f}  {z[t + 1]:6.3f}  "
+              f"{penalty:8.4f}   {held}")
+
+
+if __name__ == "__main__":
+    show_derivation()
+    show_response()

@@ -1,0 +1,177 @@
+"""Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096, section 4).
+
+    python train.py                                     the toy world, from nothing, about a minute on a laptop
+    python train.py --regularizer=none                  the baseline: the same without the regularizer
+    python train.py --dataset=hh_rlhf --n_layer=4 ...   real pairs, prepared by data/hh_rlhf/prepare.py
+
+Prepares the toy world and trains the generator where they are absent, then trains the reward model from
+the generator's weights, evaluates it on the dataset's splits and prints one table. Out comes
+OUT_DIR/ckpt.pt, log.jsonl and eval.json. The same command continues a killed run to the same bits.
+
+Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is lambda = 0,
+plain Bradley-Terry is that with --lm_weight=0. Left out: more than one device.
+"""
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from config import Run, UserError, check_finite, choose, load_checkpoint, run_script, show, write_json
+from data.batches import collate, load_pairs, pair_rows, training_indices
+from data.prepare import dataset_folder, open_dataset
+from data.toy.prepare import ToyConfig
+from data.toy.prepare import prepare as prepare_toy
+from evaluate import evaluate_dataset, pair_accuracy, print_table, score
+from generator import GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator
+from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, token_logprobs, update
+from regularizer import REGULARIZERS
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    dataset: str = "toy"            # a folder under data/, made by its prepare.py
+    generator: str = ""             # folder of the generator, trained there if absent; empty: out/DATASET-generator
+    out_dir: str = ""               # empty: out/DATASET-REGULARIZER-seedSEED
+    regularizer: str = "icrm"       # a name in regularizer.REGULARIZERS
+    reg_weight: float = 0.5         # lambda of the objective; `none` takes 0
+    lm_weight: float = 1.0          # weight of L_SFT; 0 leaves it out
+    lm_trunk_gradient: float = 1e-3 # share of L_SFT's gradient that reaches the trunk
+    seed: int = 0                   # reward head and order of the data
+    n_layer: int = 2                # transformer blocks (these four are the generator's as well)
+    n_head: int = 4                 # attention heads
+    n_embd: int = 64                # channels
+    block_size: int = 160           # longest row, in tokens
+    steps: int = 250                # updates
+    batch_size: int = 32            # pairs per update
+    learning_rate: float = 1e-3     # peak
+    warmup: int = 20                # updates of linear warm-up
+    weight_decay: float = 0.1       # on matrices
+    clip: float = 1.0               # largest gradient norm
+    log_interval: int = 25          # updates between log lines
+    eval_interval: int = 125        # updates between looks at val
+    save_interval: int = 125        # updates between checkpoints
+    device: str = "auto"            # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"             # auto (bfloat16 on CUDA), float32, bfloat16
+    compile: bool = False           # torch.compile the reward model
+    strict: bool = False            # stop at the first bad row
+    overwrite: bool = False         # start over where out_dir holds another run
+
+
+def scale_gradient(x, s):
+    """The value of x with s times its gradient."""
+    return s * x + (1 - s) * x.detach()
+
+
+def bradley_terry(rewards, last):
+    """L_BT = -log sigma(r_last^w - r_last^l), mean over pairs; also the B margins.  (2B, T), (2B,) -> (), (B,)"""
+    chosen, rejected = rewards.gather(1, last[:, None]).squeeze(1).chunk(2)     # (B,), (B,)
+    return -F.logsigmoid(chosen - rejected).mean(), chosen - rejected
+
+
+def language_model_loss(model, hidden, batch, trunk_gradient):
+    """L_SFT = -mean_t log pi(y_t^w | ...) on the chosen rows, each normalised by its length."""
+    B = len(hidden) // 2
+    hidden = scale_gradient(hidden[:B], trunk_gradient)
+    mask = batch.mask[:B]
+    return length_normalised_nll(token_logprobs(hidden, model.lm_head, batch.tokens[:B], mask), mask)
+
+
+def obtain_generator(config):
+    """The frozen generator in config.generator (trained or continued there first) with sizes as asked."""
+    folder = Path(config.generator)
+    shared = {key: getattr(config, key) for key in ("dataset", "n_layer", "n_head", "n_embd", "block_size")}
+    settings = GeneratorConfig(**shared, out_dir=config.generator, dtype=config.dtype)
+    if (folder / "ckpt.pt").exists():
+        settings = GeneratorConfig(**load_checkpoint(folder, "generator")["settings"])
+        for key, value in shared.items():
+            if getattr(settings, key) != value:
+                raise UserError(f"the generator in {folder} has --{key}={getattr(settings, key)}, not {value}; "
+                                "choose another folder with --generator=FOLDER")
+    train_generator(dataclasses.replace(settings, out_dir=config.generator, device=config.device))
+    return load_generator(folder, pick_device(config.device))
+
+
+def train(config):
+    device = pick_device(config.device)
+    regularize = choose("regularizer", config.regularizer, REGULARIZERS)
+    lam = 0.0 if config.regularizer == "none" else config.reg_weight
+    folder, kind, tokenizer = open_dataset(config.dataset)
+    run = Run(config.out_dir, "reward model", config, config.overwrite)
+    generator, generator_tokenizer = obtain_generator(config)
+    if generator_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the generator in {config.generator} reads another vocabulary than --dataset={config.dataset}; "
+                        "train one for it with --generator=NEW_FOLDER")
+    data = load_pairs(folder / "train.jsonl", tokenizer, config.block_size, config.strict)
+    val = load_pairs(folder / "val.jsonl", tokenizer, config.block_size, config.strict)
+    rows = pair_rows(data.rows)
+    probs = stored_probs(generator, rows, config.generator)
+    print(f"p of {sum(map(len, probs))} response tokens stored in {config.generator}; "
+          f"mean {sum(p.sum() for p in probs) / sum(map(len, probs)):.3f}")
+
+    torch.manual_seed(config.seed)
+    model = RewardModel.from_generator(generator).to(device)
+    forward = torch.compile(model, dynamic=True) if config.compile else model
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    first = run.restore(model, optimizer)
+    S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
+    save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=kind, tokenizer=tokenizer.to_dict(),
+                                 model_config=dataclasses.asdict(model.transformer.config))
+    model.train()
+    for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first, disable=None, leave=False):
+        rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
+        chosen = training_indices(step, len(data.rows), config.batch_size, config.seed)
+        indices = chosen + [len(data.rows) + i for i in chosen]
+        batch = collate([rows[i] for i in indices], [probs[i] for i in indices]).to(device)
+        with autocast(device, config.dtype):
+            rewards, hidden = forward(batch.tokens)                                     # (2B, T), (2B, T, C)
+            lm = language_model_loss(model, hidden, batch, config.lm_trunk_gradient)
+        bt, margins = bradley_terry(rewards, batch.last)
+        reg, scale = regularize(rewards, batch.probs, batch.mask)
+        if scale is not None:
+            S = 0.95 * S + 0.05 * scale
+            reg = reg / S
+        loss = config.lm_weight * lm + lam * reg + (1 - lam) * bt
+        grad_norm = update(model, optimizer, loss, rate, config.clip)
+
+        done, last = step + 1, step + 1 == config.steps
+        saves, evaluates = done % config.save_interval == 0 or last, done % config.eval_interval == 0 or last
+        if done % config.log_interval == 0 or saves or evaluates:
+            record = {"step": done, "loss": loss.item(), "bt": bt.item(), "reg": reg.item(), "lm": lm.item(),
+                      "accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item(),
+                      "grad_norm": grad_norm.item(), "learning_rate": rate, "S": S.item()}
+            check_finite(done, record["loss"], record["grad_norm"])
+            if evaluates:
+                final = [r[-1] for r in score(model, pair_rows(val.rows), device)]
+                record["eval_accuracy"] = pair_accuracy(final[:len(val.rows)], final[len(val.rows):])["accuracy"]
+            run.log(record)
+            tqdm.write("  ".join([f"step {done:5d}"] + [f"{key} {record[key]:.3f}" for key in (
+                "loss", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "eval_accuracy") if key in record]))
+        if saves:
+            save(done)
+    return model, tokenizer, kind, folder
+
+
+def main(config):
+    config = dataclasses.replace(
+        config, generator=config.generator or f"out/{config.dataset}-generator",
+        out_dir=config.out_dir or f"out/{config.dataset}-{config.regularizer}-seed{config.seed}")
+    show(config)
+    if config.dataset == "toy" and not (dataset_folder("toy") / "dataset.json").exists():
+        prepare_toy(ToyConfig())
+    started = time.time()
+    model, tokenizer, kind, folder = train(config)
+    print(f"trained in {time.time() - started:.0f} s; evaluating")
+    results = evaluate_dataset(model, tokenizer, folder, kind, pick_device(config.device), config.strict)
+    settings = dataclasses.asdict(config)
+    write_json(Path(config.out_dir) / "eval.json", {"settings": settings, "splits": results})
+    print_table(results)
+    print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl and eval.json")
+
+
+if __name__ == "__main__":
+    run_script(TrainConfig, main)
