@@ -80,8 +80,9 @@ def icrm(rewards, probs, mask):
     log_z = F.logsigmoid(value_logits(rewards, mask))                   # (2B, T)
     z = log_z.detach().exp()
     l = -0.5 * (z[:, 1:] * log_z[:, :-1] + z[:, :-1] * log_z[:, 1:])    # (2B, T-1)
-    penalty = masked_mean(2 * probs * l, links)
-    scale = masked_mean(2 * probs * (z[:, :-1] + z[:, 1:]) / 2, links)
+    p = torch.where(links, probs, 0.0)
+    penalty = masked_mean(2 * p * l, links)
+    scale = masked_mean(2 * p * (z[:, :-1] + z[:, 1:]) / 2, links)
     return penalty, scale
 
 
@@ -97,8 +98,10 @@ def dense_bt(rewards, probs, mask):
 
 def squared_gap(rewards, probs, mask):
     """The obvious two-sided consistency: p_t (z_t - z_t+1)^2."""
+    links = link_mask(mask)
     z = torch.sigmoid(value_logits(rewards, mask))
-    return masked_mean(probs * (z[:, :-1] - z[:, 1:]) ** 2, link_mask(mask)), None
+    p = torch.where(links, probs, 0.0)
+    return masked_mean(p * (z[:, :-1] - z[:, 1:]) ** 2, links), None
 
 
 REGULARIZERS = {

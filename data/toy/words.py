@@ -28,7 +28,13 @@ REMARKS = ("curtains tiles lamps chairs shelves doors windows mirrors carpets pl
            "bricks pillars floors napkins stools jars trays forks bowls mugs "
            "keys tickets posters buttons ribbons books pens statues fences lawns "
            "paths bridges boats wheels ladders hooks nails cables drums flags").split()
-LOOKS = ["looked blue", "looked old", "were wooden", "were round", "stood outside", "were numbered"]
+# Ten looks in six places: the words of each remark are its own to the end, so that it is as easy
+# to read from the last token as the evidence is.
+LOOKS = [f"{look} {place}"
+         for place in ("by the piano", "near the stove", "under a clock", "beside our seats", "along one wall",
+                       "behind the till")
+         for look in ("looked blue", "looked old", "were wooden", "were round", "stood open", "were numbered",
+                      "hung low", "lay still", "seemed new", "were heavy")]
 
 FILLER = ("trams buses tours lessons meals letters parcels numbers routes phones radios cards "
           "roads fields rivers hills islands clouds shops schools farms offices banks towers").split()

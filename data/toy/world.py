@@ -1,7 +1,7 @@
 """The toy world: short reviews in which the truth of every prefix is known exactly.
 
-    How is the bakery in Oslo?  Today twins ran early: laughter met us inside, tiles looked
-    old; roads are near; mould met us inside, pillars were wooden.
+    How is the cafe in Oslo?  Today twins ran early: mould met us inside, pillars looked old
+    under a clock; roads are near; smiles reached each table, mirrors lay still by the piano; ...
 
 A response is four opening words and then clauses. A clause is *evidence* (one of 60 phrases,
 30 good and 30 bad, decided by the first word) with a *remark* behind it, or neutral *filler*.
@@ -22,7 +22,7 @@ from data.toy.words import (BAD, FACTS, FILLER, GOOD, LOOKS, OPENING, PLACES, PR
 
 EVIDENCE = [f"{noun} {PREDICATES[i % len(PREDICATES)]}" for i, noun in enumerate(GOOD + BAD)]
 QUALITY = [+1] * len(GOOD) + [-1] * len(BAD)
-REMARK = [f"{noun} {LOOKS[i % len(LOOKS)]}" for i, noun in enumerate(REMARKS)]
+REMARK = [f"{noun} {look}" for noun, look in zip(REMARKS, LOOKS)]
 NEUTRAL = [f"{noun} {FACTS[i % len(FACTS)]}" for i, noun in enumerate(FILLER)]
 WORTH = dict(zip(EVIDENCE, QUALITY))
 

@@ -1,0 +1,171 @@
+"""The maths of regularizer.py against slow twins written from the equations."""
+import math
+
+import pytest
+import torch
+
+from regularizer import (REGULARIZERS, enumerated_world, gap_bound, icrm, link_mask, masked_mean, total_probability,
+                         value_logits)
+
+NAMES = sorted(REGULARIZERS)
+
+
+def random_batch(B=3, T=11, seed=0, dtype=torch.float64):
+    """Rewards, probs and a mask with prompts and paddings of unequal length."""
+    rng = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(2 * B, T, generator=rng, dtype=dtype)
+    probs = torch.rand(2 * B, T - 1, generator=rng, dtype=dtype)
+    start = torch.randint(0, 4, (2 * B, 1), generator=rng)
+    end = torch.randint(6, T + 1, (2 * B, 1), generator=rng)
+    t = torch.arange(T)
+    return rewards, probs, (t >= start) & (t < end)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def slow_values(rewards, mask):
+    """z of the paper's Eq. 4 with loops: {(row, t): z}."""
+    B, z = len(rewards) // 2, {}
+    for row in range(2 * B):
+        opponent = row + B if row < B else row - B
+        others = [float(rewards[opponent, t]) for t in range(rewards.size(1)) if mask[opponent, t]]
+        for t in range(rewards.size(1)):
+            if mask[row, t]:
+                centred = sigmoid(float(rewards[row, t]) - sum(others) / len(others))
+                z[row, t] = centred if row < B else 1 - centred
+    return z
+
+
+def test_icrm_equals_a_double_loop():
+    rewards, probs, mask = random_batch()
+    z, penalty, scale, links = slow_values(rewards, mask), 0.0, 0.0, 0
+    for row in range(len(rewards)):
+        for t in range(rewards.size(1) - 1):
+            if mask[row, t] and mask[row, t + 1]:
+                a, b, p = z[row, t], z[row, t + 1], float(probs[row, t])
+                penalty += 2 * p * -0.5 * (b * math.log(a) + a * math.log(b))
+                scale += 2 * p * (a + b) / 2
+                links += 1
+    found, found_scale = icrm(rewards, probs, mask)
+    assert found.item() == pytest.approx(penalty / links, rel=1e-12)
+    assert found_scale.item() == pytest.approx(scale / links, rel=1e-12)
+
+
+def test_icrm_uniform_is_icrm_with_p_one_and_ignores_p():
+    rewards, probs, mask = random_batch()
+    uniform = REGULARIZERS["icrm_uniform"]
+    assert uniform(rewards, probs, mask)[0] == icrm(rewards, torch.ones_like(probs), mask)[0]
+    assert uniform(rewards, probs * 0.3, mask)[0] == uniform(rewards, probs, mask)[0]
+
+
+def test_dense_bt_and_squared_gap_equal_loops():
+    rewards, probs, mask = random_batch()
+    z = slow_values(rewards, mask)
+    dense = [-math.log(value) for value in z.values()]
+    gaps = [float(probs[row, t]) * (z[row, t] - z[row, t + 1]) ** 2 for row, t in z if (row, t + 1) in z]
+    assert REGULARIZERS["dense_bt"](rewards, probs, mask)[0].item() == pytest.approx(sum(dense) / len(dense), rel=1e-12)
+    assert REGULARIZERS["squared_gap"](rewards, probs, mask)[0].item() == pytest.approx(sum(gaps) / len(gaps), rel=1e-12)
+
+
+def test_icrm_gradient_stops_where_the_paper_stops_it():
+    """One chosen link: dl/dr_t = -1/2 z_t+1 (1 - z_t), and the mirror on the other end. With a gradient through
+    either sg[z] or through the opposing mean this would not hold."""
+    rewards = torch.tensor([[0.3, -0.8], [0.1, 0.4]], dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    probs = torch.tensor([[0.7], [0.0]], dtype=torch.float64)      # the rejected link has no weight
+    penalty, scale = icrm(rewards, probs, mask)
+    penalty.backward()
+    z, z_next = torch.sigmoid(rewards[0] - 0.25).tolist()
+    per_link = 2 * 0.7 / 2                                          # 2 p over two links
+    expected = [-0.5 * z_next * (1 - z) * per_link, -0.5 * z * (1 - z_next) * per_link]
+    assert rewards.grad[0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert rewards.grad[1].tolist() == [0.0, 0.0]                   # the opposing mean carries no gradient
+    assert not scale.requires_grad
+
+
+def test_icrm_pushes_chosen_up_and_rejected_down_even_at_equal_values():
+    rewards = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    icrm(rewards, torch.full((2, 5), 0.9, dtype=torch.float64), mask)[0].backward()
+    assert (rewards.grad[0] < 0).all() and (rewards.grad[1] > 0).all()
+
+
+def test_the_opposing_mean_is_over_the_response_alone():
+    rewards, _, mask = random_batch()
+    changed = torch.where(mask, rewards, rewards + 100.0)
+    assert torch.equal(value_logits(rewards, mask)[mask], value_logits(changed, mask)[mask])
+
+
+def test_masked_mean_of_nothing_is_zero():
+    assert masked_mean(torch.ones(3), torch.zeros(3, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryRegularizer:
+    def test_returns_a_scalar_and_a_detached_scale(self, name):
+        rewards, probs, mask = random_batch()
+        penalty, scale = REGULARIZERS[name](rewards.requires_grad_(), probs, mask)
+        assert penalty.shape == () and torch.isfinite(penalty)
+        assert scale is None or (scale.shape == () and not scale.requires_grad)
+
+    def test_padding_never_changes_it(self, name):
+        rewards, probs, mask = random_batch()
+        wider = [torch.nn.functional.pad(x, (0, 5)) for x in (rewards, probs, mask)]
+        for a, b in zip(REGULARIZERS[name](rewards, probs, mask), REGULARIZERS[name](*wider)):
+            assert a is b is None or a.item() == pytest.approx(b.item(), rel=1e-12)
+
+    def test_nan_in_prompt_or_padding_never_leaks(self, name):
+        rewards, probs, mask = random_batch()
+        expected, _ = REGULARIZERS[name](rewards, probs, mask)
+        dirty = torch.where(mask, rewards, math.nan).requires_grad_()
+        dirty_probs = torch.where(link_mask(mask), probs, math.nan)
+        penalty, scale = REGULARIZERS[name](dirty, dirty_probs, mask)
+        assert penalty.item() == pytest.approx(expected.item(), rel=1e-12)
+        assert scale is None or torch.isfinite(scale)
+        if penalty.requires_grad:
+            penalty.backward()
+            assert torch.isfinite(dirty.grad).all() and (dirty.grad[~mask] == 0).all()
+
+    def test_order_of_the_pairs_never_changes_it(self, name):
+        rewards, probs, mask = random_batch(B=3)
+        order = torch.tensor([2, 0, 1, 5, 3, 4])
+        a, b = REGULARIZERS[name](rewards, probs, mask), REGULARIZERS[name](rewards[order], probs[order], mask[order])
+        assert a[0].item() == pytest.approx(b[0].item(), rel=1e-12)
+
+    def test_a_pair_is_the_same_with_any_batch_mates(self, name):
+        """The sum over links of two pairs is the sum of each pair's: no value depends on another pair."""
+        rewards, probs, mask = random_batch(B=2)
+        one, two = torch.tensor([0, 2]), torch.tensor([1, 3])
+        count = (lambda m: m.sum()) if name == "dense_bt" else (lambda m: link_mask(m).sum())
+        parts = sum(REGULARIZERS[name](rewards[i], probs[i], mask[i])[0] * count(mask[i]) for i in (one, two))
+        whole = REGULARIZERS[name](rewards, probs, mask)[0] * count(mask)
+        assert whole.item() == pytest.approx(parts.item(), rel=1e-12)
+
+    def test_extreme_rewards_stay_finite(self, name):
+        rewards, probs, mask = random_batch(dtype=torch.float32)
+        rewards = (rewards * 1e4).requires_grad_()
+        penalty, _ = REGULARIZERS[name](rewards, probs, mask)
+        assert torch.isfinite(penalty)
+        if penalty.requires_grad:
+            penalty.backward()
+            assert torch.isfinite(rewards.grad).all()
+
+    def test_a_response_of_one_token_has_no_link(self, name):
+        rewards, probs, _ = random_batch(B=1, T=8)
+        mask = torch.zeros(2, 8, dtype=torch.bool)
+        mask[:, 2] = True
+        penalty, _ = REGULARIZERS[name](rewards, probs, mask)
+        assert torch.isfinite(penalty) and (name == "dense_bt" or penalty == 0)
+
+
+def test_the_gap_bound_holds_exactly_in_the_enumerated_world():
+    probs, rewards = enumerated_world(depth=6, vocabulary=4, seed=3)
+    reached = 0.0
+    for m, p in enumerate(probs):
+        assert torch.allclose(total_probability(p, rewards[m + 1].view_as(p)), rewards[m], atol=1e-15)
+        gap = (rewards[m][:, None] - rewards[m + 1].view_as(p)).abs()
+        assert (gap <= gap_bound(p) + 1e-15).all()
+        reached = max(reached, (gap / gap_bound(p)).max().item())
+    assert reached > 0.99     # and it is tight: somewhere the gap reaches its bound
