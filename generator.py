@@ -160,7 +160,9 @@ def draw(logits, rng, temperature, top_p):
         ordered, index = probs.sort(1, descending=True)
         ordered[ordered.cumsum(1) - ordered >= top_p] = 0.0  # the token that crosses top_p stays
         probs = torch.zeros_like(probs).scatter_(1, index, ordered)
-    return torch.multinomial(probs, 1, generator=rng).squeeze(1)
+    cumulative = probs.cumsum(1)        # inverse transform: one uniform number per row
+    u = torch.rand(len(probs), 1, generator=rng, device=probs.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=probs.size(1) - 1)
 
 
 def main(config):

@@ -1,0 +1,77 @@
+"""Best-of-N: the closed form against brute force over subsets."""
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+import bon
+from config import UserError, parse
+
+
+def brute_force(rewards, worth, n):
+    """Mean over all subsets of n of the worth of the best, ties split evenly."""
+    picked = []
+    for subset in itertools.combinations(range(len(rewards)), n):
+        best = max(rewards[i] for i in subset)
+        tied = [i for i in subset if rewards[i] == best]
+        picked.append(sum(worth[i] for i in tied) / len(tied))
+    return sum(picked) / len(picked)
+
+
+@pytest.mark.parametrize("M", [1, 2, 5, 8])
+def test_the_unbiased_best_of_n_equals_brute_force_over_subsets(M):
+    rng = np.random.default_rng(M)
+    rewards, worth = rng.normal(size=M), rng.integers(0, 2, M).astype(float)
+    for n in range(1, M + 1):
+        assert bon.best_of_n(rewards, worth, n) == pytest.approx(brute_force(rewards, worth, n))
+
+
+def test_equal_rewards_share_as_in_brute_force():
+    rewards, worth = [1.0, 0.5, 1.0, 0.5, 1.0, -2.0], [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+    for n in range(1, 7):
+        assert bon.best_of_n(rewards, worth, n) == pytest.approx(brute_force(rewards, worth, n))
+
+
+def test_the_oracle_is_pass_at_n_and_one_is_random():
+    worth = [1.0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+    for n in range(1, 11):
+        assert bon.best_of_n(worth, worth, n) == pytest.approx(1 - math.comb(7, n) / math.comb(10, n))
+    assert bon.best_of_n(np.arange(10.0), worth, 1) == pytest.approx(0.3)
+
+
+def test_the_curve_uses_the_prompts_that_have_enough_candidates():
+    rows = bon.curve([[1.0, 2.0, 3.0], [1.0]], [[0.0, 0.0, 1.0], [1.0]])
+    assert [(row["n"], row["prompts"]) for row in rows] == [(1, 2), (2, 1)]
+    assert rows[0]["reward_model"] == rows[0]["random"] == pytest.approx((1 / 3 + 1) / 2)
+    assert rows[1]["reward_model"] == rows[1]["oracle"] == pytest.approx(2 / 3)
+    assert rows[1]["kl"] == pytest.approx(math.log(2) - 0.5)
+
+
+def test_toy_candidates_are_judged_by_gold_and_written(inside, capsys):
+    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", "--prompts=3", "--samples=4", "--json=bon.json"]))
+    results = json.loads((inside / "bon.json").read_text())
+    assert [row["n"] for row in results["curve"]] == [1, 2, 4] and results["prompts"] == 3
+    assert results["curve"][0]["reward_model"] == pytest.approx(results["curve"][0]["random"])
+    assert results["curve"][2]["oracle"] >= results["curve"][2]["reward_model"]
+
+
+def test_candidates_from_a_file_with_unequal_numbers(inside, tmp_path):
+    path = tmp_path / "c.jsonl"
+    rows = [{"prompt": "How?", "responses": [{"text": " a", "correct": True}, {"text": " b", "correct": False}]},
+            {"prompt": "How?", "responses": [{"text": " word" * 300, "correct": True}, {"text": " c", "correct": True}]},
+            {"prompt": "How?", "responses": "none"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={path}", f"--json={tmp_path / 'o.json'}"]))
+    results = json.loads((tmp_path / "o.json").read_text())
+    assert (results["candidates"], results["too_long"], results["skipped"]) == (3, 1, 1)
+    with pytest.raises(UserError, match="row 3"):
+        bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={path}", "--strict=True"]))
+
+
+def test_gsm8k_real_candidates(inside, real_data, tmp_path):
+    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={real_data / 'gsm8k_model_solutions.jsonl'}",
+                                   f"--json={tmp_path / 'o.json'}"]))
+    results = json.loads((tmp_path / "o.json").read_text())
+    assert results["candidates"] + results["too_long"] == 4 * 1319 and results["skipped"] == 0

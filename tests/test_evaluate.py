@@ -1,0 +1,146 @@
+"""Evaluation: exact counts, independence of the batch, and the truth of the toy world."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from config import UserError, parse
+from data.batches import load_pairs, pair_rows
+from data.prepare import open_dataset
+from data.toy.world import SPLITS
+
+
+def main(*arguments):
+    evaluate.main(parse(evaluate.EvalConfig, list(arguments)))
+
+
+@pytest.fixture
+def loaded(inside):
+    model, tokenizer, checkpoint = evaluate.load_reward_model("out/run", "cpu")
+    folder, _, _ = open_dataset("toy")
+    return model, tokenizer, load_pairs(folder / "val.jsonl", tokenizer, 160)
+
+
+def test_a_tie_is_wrong_and_counted():
+    found = evaluate.pair_accuracy([1.0, 2.0, 0.0, 5.0], [0.0, 2.0, 1.0, 4.0])
+    assert (found["accuracy"], found["ties"], found["n"]) == (0.5, 1, 4)
+
+
+def test_wilson_interval_against_its_definition():
+    """The interval's ends are the proportions from which the observed one is 1.96 standard errors away."""
+    for successes, n in ((0, 5), (3, 10), (50, 50), (431, 1000)):
+        for end in evaluate.wilson(successes, n):
+            assert abs(successes / n - end) == pytest.approx(1.96 * (end * (1 - end) / n) ** 0.5, abs=1e-12)
+
+
+def test_rewards_are_the_same_at_any_batch_size_and_in_any_order(loaded):
+    model, _, data = loaded
+    rows = pair_rows(data.rows)
+    reference = evaluate.score(model, rows, "cpu", batch_size=64)
+    for batch_size in (1, 7):
+        found = evaluate.score(model, rows[::-1], "cpu", batch_size)[::-1]
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(reference, found))
+    assert [len(r) for r in reference] == [len(row.response) for row in rows]
+
+
+def test_equal_rows_are_read_once_and_scored_alike(loaded):
+    model, _, data = loaded
+    rows = [data.rows[0][0], data.rows[1][0], data.rows[0][0]]
+    first, _, again = evaluate.score(model, rows, "cpu")
+    assert first is again
+
+
+def test_evaluation_leaves_training_mode_and_the_random_stream_alone(loaded):
+    model, _, data = loaded
+    model.train()
+    state = torch.get_rng_state()
+    evaluate.score(model, pair_rows(data.rows), "cpu")
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_truth_itself_has_correlation_one_and_no_leak(loaded):
+    """A reward whose sigmoid is the exact value: perfect calibration, correlation 1, no credit on remarks."""
+    _, tokenizer, data = loaded
+    rows = pair_rows(data.rows)
+    traces = [SPLITS["val"].trace(row.response.tolist(), tokenizer.encode, tokenizer.end_of_text) for row in rows]
+    logit = [np.array([np.log(v / (1 - v)) for _, v, _, _ in trace]) for trace in traces]
+    centre = np.concatenate(logit).mean()
+    found = evaluate.compare_with_truth(SPLITS["val"], rows, [x - centre for x in logit], tokenizer)
+    assert found["correlation"] > 0.99 and found["credit_leak"] == pytest.approx(0, abs=1e-9)
+    noise = [np.random.default_rng(0).normal(size=len(x)) for x in logit]
+    found = evaluate.compare_with_truth(SPLITS["val"], rows, noise, tokenizer)
+    assert abs(found["correlation"]) < 0.1 and 0.7 < found["credit_leak"] < 1.4
+
+
+def test_a_file_of_pairs_is_scored_by_subset_and_bad_rows_are_counted(inside, tmp_path, capsys):
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "o.json"
+    rows = [{"prompt": "How?", "chosen": " a b", "rejected": " c", "subset": name} for name in ("x", "y", "x", "")]
+    rows += [{"prompt": "How?", "chosen": " a", "rejected": 1}, {"prompt": "How?", "chosen": "w " * 400, "rejected": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main("--checkpoint=out/run/ckpt.pt", f"--data={path}", f"--json={out}")
+    found = json.loads(out.read_text())
+    assert (found["n"], found["skipped"], found["longer_accuracy"]) == (4, 2, 1.0)
+    assert {name: part["n"] for name, part in found["subsets"].items()} == {"x": 2, "y": 1, "(none)": 1}
+    assert {"accuracy", "ties"} <= set(found)
+    first = out.read_bytes()
+    main("--checkpoint=out/run/ckpt.pt", f"--data={path}", f"--json={out}", "--batch_size=1")
+    assert json.loads(out.read_text())["accuracy"] == found["accuracy"]
+    main("--checkpoint=out/run/ckpt.pt", f"--data={path}", f"--json={out}")
+    assert out.read_bytes() == first
+
+
+def test_the_datasets_own_splits_are_the_ones_that_training_reported(inside, tmp_path):
+    main("--checkpoint=out/run", f"--json={tmp_path / 'o.json'}")
+    reported = json.loads((inside / "out/run/eval.json").read_text())["splits"]
+    assert json.loads((tmp_path / "o.json").read_text())["splits"] == reported
+
+
+def test_rewards_that_are_not_finite_are_an_error_that_names_the_pair(loaded):
+    model, _, data = loaded
+    model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="pair 1 .* is not finite"):
+        evaluate.evaluate_pairs(model, data, "cpu")
+
+
+def test_compare_pairs_runs_by_seed(inside, capsys, tmp_path):
+    values = {("none", 0): 0.5, ("none", 1): 0.7, ("icrm", 0): 0.6, ("icrm", 1): 0.9}
+    for (name, seed), accuracy in values.items():
+        (tmp_path / f"{name}{seed}").mkdir()
+        (tmp_path / f"{name}{seed}" / "eval.json").write_text(json.dumps(
+            {"settings": {"regularizer": name, "seed": seed, "dataset": "d"}, "splits": {"val": {"accuracy": accuracy}}}))
+    main("--compare=" + ",".join(str(tmp_path / f"{name}{seed}") for name, seed in values))
+    printed = capsys.readouterr().out
+    half = 12.706 * 0.05     # two differences, 0.1 and 0.2: standard error 0.05
+    assert "regularizer=icrm" in printed and f"+0.150 +-{half:.3f}" in printed and "0.600" in printed
+
+
+def test_students_t_against_the_printed_table():
+    for degrees, value in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert evaluate.student_t(degrees) == pytest.approx(value, abs=5e-3 * value)
+
+
+def test_compare_and_checkpoint_errors_are_one_line(inside, tmp_path):
+    with pytest.raises(UserError, match="eval.json is missing"):
+        main("--compare=out/nowhere,out/run")
+    with pytest.raises(UserError, match="no checkpoint"):
+        main("--checkpoint=out/nowhere")
+    with pytest.raises(UserError, match="name a reward model"):
+        main()
+    with pytest.raises(UserError, match="not the checkpoint of a reward model"):
+        main("--checkpoint=out/toy-generator")
+    cut, text = tmp_path / "cut.pt", tmp_path / "text.pt"
+    cut.write_bytes((inside / "out/run/ckpt.pt").read_bytes()[:5000])
+    text.write_text("hello")
+    for path in (cut, text):
+        with pytest.raises(UserError, match="is not a checkpoint"):
+            main(f"--checkpoint={path}")
+
+
+def test_rm_bench_real_file(inside, real_data, tmp_path):
+    main("--checkpoint=out/run", f"--data={real_data / 'rmbench_chat.jsonl'}", "--as_dialogue=True",
+         f"--json={tmp_path / 'o.json'}")
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert set(found["subsets"]) == {"easy", "normal", "hard"} and found["n"] + found["skipped"] >= 100

@@ -1,0 +1,190 @@
+"""The objective and the loop."""
+import dataclasses
+import json
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from config import UserError, load_checkpoint, parse
+from conftest import small_run
+from data.batches import Row, collate, pair_rows
+from evaluate import score
+from model import ModelConfig, RewardModel, make_optimizer, update
+from regularizer import icrm
+from test_generator import kill_after
+
+
+def run(out_dir, **more):
+    train.main(parse(train.TrainConfig, small_run(out_dir, **more)))
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def random_rows(count, rng=None):
+    rng = rng or torch.Generator().manual_seed(0)
+    draw = lambda low, high: torch.randint(0, 49, (int(torch.randint(low, high, (), generator=rng)),), generator=rng).int().numpy()
+    return [Row(draw(2, 5), draw(3, 10), False) for _ in range(count)]
+
+
+def test_bradley_terry_reads_the_last_token():
+    rewards = torch.tensor([[9.0, 1.0, 9.0], [9.0, 9.0, 3.0], [9.0, 0.0, 9.0], [2.5, 9.0, 9.0]])
+    loss, margins = train.bradley_terry(rewards, torch.tensor([1, 2, 1, 0]))
+    assert margins.tolist() == [1.0, 0.5]
+    assert loss.item() == pytest.approx(-(F.logsigmoid(torch.tensor(1.0)) + F.logsigmoid(torch.tensor(0.5))).item() / 2)
+
+
+def test_scaled_gradient_keeps_the_value():
+    x = torch.randn(5, requires_grad=True)
+    y = train.scale_gradient(x, 0.001)
+    assert torch.allclose(y, x)
+    y.sum().backward()
+    assert torch.allclose(x.grad, torch.full((5,), 0.001))
+
+
+def test_the_language_model_loss_reaches_the_trunk_a_thousandth_and_its_head_in_full(tiny):
+    batch = collate(random_rows(4))
+    gradients = {}
+    for share in (1.0, 0.001):
+        tiny.model.zero_grad()
+        _, hidden = tiny.model(batch.tokens)
+        train.language_model_loss(tiny.model, hidden, batch, share).backward()
+        gradients[share] = {name: p.grad.clone() for name, p in tiny.model.named_parameters() if p.grad is not None}
+    tiny.model.zero_grad()
+    for name, full in gradients[1.0].items():
+        expected = full if name == "lm_head.weight" else full * 0.001
+        assert torch.allclose(gradients[0.001][name], expected, rtol=1e-3, atol=1e-9), name
+    assert "score.weight" not in gradients[1.0]
+
+
+def test_the_language_model_loss_reads_the_chosen_rows_alone(tiny):
+    batch = collate(random_rows(4))
+    _, hidden = tiny.model(batch.tokens)
+    loss = train.language_model_loss(tiny.model, hidden, batch, 1.0)
+    gradient, = torch.autograd.grad(loss, hidden)
+    assert (gradient[2:] == 0).all() and (gradient[:2] != 0).any()
+    slow = []
+    for row in random_rows(4)[:2]:
+        tokens = torch.tensor([*row.prompt.tolist(), *row.response.tolist()])
+        logprobs = tiny.model.lm_head(tiny.model.transformer(tokens[None]))[0].log_softmax(-1)
+        steps = range(len(row.prompt) - 1, len(row) - 1)
+        slow.append(-sum(logprobs[t, tokens[t + 1]] for t in steps) / len(steps))
+    assert loss.item() == pytest.approx((sum(slow) / 2).item(), rel=1e-5)
+
+
+def test_a_pairs_loss_and_rewards_never_depend_on_its_batch_mates(tiny):
+    rows = random_rows(8)
+    whole = collate(rows)
+    rewards, _ = tiny.model(whole.tokens)
+    for i in range(4):
+        alone = collate([rows[i], rows[i + 4]])
+        pair, _ = tiny.model(alone.tokens)
+        assert torch.allclose(pair[alone.mask], rewards[[i, i + 4]][whole.mask[[i, i + 4]]], atol=1e-5)
+        assert icrm(pair, alone.probs + 0.5, alone.mask)[0].item() == pytest.approx(
+            icrm(rewards[[i, i + 4]], whole.probs[[i, i + 4]] + 0.5, whole.mask[[i, i + 4]])[0].item(), rel=1e-5)
+
+
+def test_eight_pairs_are_overfitted_to_100_percent_in_seconds():
+    torch.manual_seed(0)
+    model = RewardModel(ModelConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=32))
+    optimizer = make_optimizer(model, 1e-2, 0.0)
+    batch = collate(random_rows(16))
+    for _ in range(60):
+        rewards, hidden = model(batch.tokens)
+        bt, margins = train.bradley_terry(rewards, batch.last)
+        penalty, scale = icrm(rewards, torch.full_like(batch.probs, 0.8), batch.mask)
+        update(model, optimizer, bt + 0.3 * penalty / scale, 1e-2, 1.0)
+    assert (margins > 0).all() and bt < 0.05
+
+
+def test_a_run_logs_every_term_and_writes_its_results(inside):
+    records = log_of(inside / "out" / "run")
+    assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
+    assert {"loss", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "learning_rate", "S"} <= set(records[0])
+    assert "eval_accuracy" in records[2] and "eval_accuracy" in records[5]
+    for r in records:
+        assert r["loss"] == pytest.approx(r["lm"] + 0.3 * r["reg"] + 0.7 * r["bt"], rel=1e-5)
+    results = json.loads((inside / "out" / "run" / "eval.json").read_text())
+    assert set(results["splits"]) == {"val", "decoupled", "swapped", "longer"}
+    assert results["splits"]["val"]["n"] == 20
+
+
+def test_none_is_the_grm_baseline_whatever_the_weight(inside):
+    run("out/none-a", regularizer="none", reg_weight=0.3)
+    run("out/none-b", regularizer="none", reg_weight=0.9)
+    a, b = log_of(inside / "out/none-a"), log_of(inside / "out/none-b")
+    assert a == b and all(r["loss"] == pytest.approx(r["lm"] + r["bt"], rel=1e-6) for r in a)
+
+
+@pytest.mark.parametrize("killed_at", [3, 4, 7])
+def test_a_killed_run_continues_to_the_same_bits(inside, killed_at):
+    out = f"out/killed-{killed_at}"
+    with mock.patch.object(train, "update", side_effect=kill_after(train.update, killed_at)):
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    run(out)
+    whole, continued = load_checkpoint("out/run", "reward model"), load_checkpoint(out, "reward model")
+    assert all(torch.equal(a, continued["model"][name]) for name, a in whole["model"].items())
+    assert whole["S"] == continued["S"]
+    assert log_of(inside / "out/run") == log_of(inside / out)
+    assert json.loads((inside / out / "eval.json").read_text())["splits"] == \
+        json.loads((inside / "out/run/eval.json").read_text())["splits"]
+
+
+def test_looking_at_val_more_often_changes_nothing_in_training(inside):
+    run("out/watched", eval_interval=1)
+    a, b = load_checkpoint("out/run", "reward model"), load_checkpoint("out/watched", "reward model")
+    assert all(torch.equal(x, b["model"][name]) for name, x in a["model"].items())
+
+
+def test_a_finished_run_is_shown_again_and_another_setting_is_refused_by_name(inside, capsys):
+    before = (inside / "out/run/ckpt.pt").read_bytes()
+    run("out/run")
+    assert "decoupled" in capsys.readouterr().out
+    assert (inside / "out/run/ckpt.pt").read_bytes() == before
+    with pytest.raises(UserError, match="--learning_rate=0.001, not 0.1"):
+        run("out/run", learning_rate=0.1)
+    run("out/again", seed=1)
+    run("out/again", seed=2, overwrite=True)
+    assert load_checkpoint("out/again", "reward model")["settings"]["seed"] == 2
+
+
+def test_a_generator_of_another_size_is_refused(inside):
+    with pytest.raises(UserError, match="--n_embd=32, not 16"):
+        run("out/other", n_embd=16)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(inside):
+    def poison(rewards, probs, mask):
+        poison.calls += 1
+        return rewards.sum() * (float("nan") if poison.calls > 5 else 0.0), None
+    poison.calls = 0
+    with mock.patch.dict(train.REGULARIZERS, icrm=poison), pytest.raises(UserError, match="not finite at step 6"):
+        run("out/poisoned")
+    checkpoint = load_checkpoint("out/poisoned", "reward model")
+    assert checkpoint["step"] == 4 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(regularizer="icmr"), "choose one of: none, icrm"), (dict(dataset="toys"), "no dataset 'toys'"),
+    (dict(device="cuda:99"), "cannot be used"), (dict(dtype="float8"), "unknown dtype"),
+])
+def test_unknown_values_are_one_line_errors(inside, more, message):
+    with pytest.raises(UserError, match=message):
+        run("out/bad", **more)
+
+
+def test_training_in_bfloat16_follows_float32(inside):
+    run("out/bf16", dtype="bfloat16")
+    assert log_of(inside / "out/bf16")[-1]["bt"] == pytest.approx(log_of(inside / "out/run")[-1]["bt"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(inside):
+    run("out/compiled", compile=True)
+    for a, b in zip(log_of(inside / "out/run"), log_of(inside / "out/compiled")):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
