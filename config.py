@@ -93,17 +93,18 @@ def choose(name, value, options):
 def write_atomically(path, write):
     """Call write(temporary_path), flush it to disk and rename it to path: all of it or none."""
     path = Path(path)
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"{path.parent} is a file, not a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -150,11 +151,13 @@ class Run:
     Opening a folder that holds a run continues it when every setting agrees, refuses it by
     the name of the first one that does not, and with overwrite=True starts over.
     """
-    FREE = ("overwrite", "device")  # settings that may differ between a run and its continuation
+    FREE = ("out_dir", "overwrite", "device")  # settings that may differ between a run and its continuation
 
     def __init__(self, folder, kind, config, overwrite=False):
         self.folder, self.kind = Path(folder), kind
         self.settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in self.FREE}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file, not a folder for a run")
         if overwrite:
             for name in ("ckpt.pt", "log.jsonl", "eval.json"):
                 (self.folder / name).unlink(missing_ok=True)

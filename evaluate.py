@@ -205,12 +205,12 @@ def compare_runs(folders):
             and len({str(run["settings"].get(key)) for run in runs}) > 1]
     groups = defaultdict(dict)
     for run in runs:
-        label = " ".join(f"{key}={run['settings'].get(key)}" for key in keys) or "all"
+        label = " ".join(str(run["settings"].get(key)) for key in keys) or "all"
         groups[label][run["settings"]["dataset"], run["settings"]["seed"]] = run["splits"]
     names = [(split, key) for split, metrics in runs[0]["splits"].items()
              for key in ("accuracy", "correlation", "credit_leak") if key in metrics]
     base = next(iter(groups))
-    lines = [["", *groups]]
+    lines = [[", ".join(keys), *groups]]
     for split, key in names:
         line, differences = [f"{split} {key}"], ["  difference"]
         for label, members in groups.items():
@@ -222,7 +222,8 @@ def compare_runs(folders):
             differences.append("" if mean != mean else f"{mean:+.3f}" + (f" +-{half:.3f}" if half == half else ""))
         lines += [line, differences]
     print_lines([line for line in lines if any(line[1:])])
-    print(f"runs: {', '.join(f'{label}: {len(members)}' for label, members in groups.items())}; +- is half a 95% t interval")
+    print(f"runs in each: {', '.join(str(len(members)) for members in groups.values())}. After +- half a 95% t interval; "
+          f"differences are to {base}, paired by dataset and seed.")
 
 
 def main(config):

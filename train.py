@@ -38,7 +38,7 @@ class TrainConfig:
     generator: str = ""             # folder of the generator, trained there if absent; empty: out/DATASET-generator
     out_dir: str = ""               # empty: out/DATASET-REGULARIZER-seedSEED
     regularizer: str = "icrm"       # a name in regularizer.REGULARIZERS
-    reg_weight: float = 0.3         # lambda of the objective; `none` takes 0
+    reg_weight: float = 0.5         # lambda of the objective; `none` takes 0
     lm_weight: float = 1.0          # weight of L_SFT; 0 leaves it out
     lm_trunk_gradient: float = 1e-3 # share of L_SFT's gradient that reaches the trunk
     seed: int = 0                   # reward head and order of the data
@@ -46,13 +46,13 @@ class TrainConfig:
     n_head: int = 4                 # attention heads
     n_embd: int = 64                # channels
     block_size: int = 160           # longest row, in tokens
-    steps: int = 120                # updates
+    steps: int = 80                 # updates
     batch_size: int = 32            # pairs per update
     learning_rate: float = 1e-3     # peak
     warmup: int = 20                # updates of linear warm-up
     weight_decay: float = 0.1       # on matrices
     clip: float = 1.0               # largest gradient norm
-    log_interval: int = 20          # updates between log lines
+    log_interval: int = 10          # updates between log lines
     eval_interval: int = 40         # updates between looks at val
     save_interval: int = 40         # updates between checkpoints
     device: str = "auto"            # auto, cpu, cuda, cuda:N

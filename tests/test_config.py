@@ -56,6 +56,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x.json", tmp_path):
+        with pytest.raises(UserError, match="cannot write"):
+            write_atomically(path, lambda temporary: temporary.write_text("x"))
+
+
 def test_fingerprints_differ_where_the_content_does():
     import torch
     a, b = {"w": torch.zeros(2)}, {"w": torch.ones(2)}

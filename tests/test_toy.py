@@ -38,7 +38,7 @@ def test_the_parser_inverts_the_world(split):
 
 def test_gold_counts_nothing_in_text_the_world_never_wrote():
     assert gold("") == gold("laughter") == gold(": laughter filled the moon, x; trams run daily") == 0
-    assert gold(": laughter met us inside, anything; joy was told; laughter met us inside.") == 2
+    assert gold(": calm lasted on today, anything; joy was told; calm lasted on today.") == 2
 
 
 def test_choices_are_probabilities():

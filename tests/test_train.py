@@ -107,7 +107,7 @@ def test_a_run_logs_every_term_and_writes_its_results(inside):
     assert {"loss", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "learning_rate", "S"} <= set(records[0])
     assert "eval_accuracy" in records[2] and "eval_accuracy" in records[5]
     for r in records:
-        assert r["loss"] == pytest.approx(r["lm"] + 0.3 * r["reg"] + 0.7 * r["bt"], rel=1e-5)
+        assert r["loss"] == pytest.approx(r["lm"] + 0.5 * r["reg"] + 0.5 * r["bt"], rel=1e-5)
     results = json.loads((inside / "out" / "run" / "eval.json").read_text())
     assert set(results["splits"]) == {"val", "decoupled", "swapped", "longer"}
     assert results["splits"]["val"]["n"] == 20

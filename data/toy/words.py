@@ -10,9 +10,12 @@ OPENING = [
     "alone slowly together early late twice quietly gladly again there eagerly somehow".split(),
 ]
 
-# What happens to the noun before it: neutral by itself, and fixed for each noun.
-PREDICATES = ["filled the hall", "met us inside", "lasted all day", "followed us around", "came with dinner",
-              "began at once", "marked the visit", "reached each table", "ruled the place", "was hard to miss"]
+# What happens to the noun before it: neutral by itself, fixed for each noun, and its own to the end
+# (ten actions at six times), so that the noun can be told from any later word of the phrase.
+PREDICATES = [f"{action} {time}"
+              for time in ("again", "today", "always", "throughout", "instead", "anyway")
+              for action in ("met us", "filled rooms", "came first", "lasted on", "began early", "grew fast",
+                             "spread far", "reached everyone", "ruled there", "followed us")]
 
 GOOD = ("kindness laughter sunlight flowers music smiles freshness comfort warmth cleanliness "
         "courtesy charm honesty calm candles cushions discounts dessert refills hugs "
@@ -28,8 +31,7 @@ REMARKS = ("curtains tiles lamps chairs shelves doors windows mirrors carpets pl
            "bricks pillars floors napkins stools jars trays forks bowls mugs "
            "keys tickets posters buttons ribbons books pens statues fences lawns "
            "paths bridges boats wheels ladders hooks nails cables drums flags").split()
-# Ten looks in six places: the words of each remark are its own to the end, so that it is as easy
-# to read from the last token as the evidence is.
+# Ten looks in six places, in the same way.
 LOOKS = [f"{look} {place}"
          for place in ("by the piano", "near the stove", "under a clock", "beside our seats", "along one wall",
                        "behind the till")

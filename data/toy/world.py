@@ -1,7 +1,8 @@
 """The toy world: short reviews in which the truth of every prefix is known exactly.
 
-    How is the cafe in Oslo?  Today twins ran early: mould met us inside, pillars looked old
-    under a clock; roads are near; smiles reached each table, mirrors lay still by the piano; ...
+    How is the theatre in Lagos?  Monday people returned twice: banks change often; joy ruled
+    there always, coins seemed new under a clock; lies lasted on anyway, wheels were round behind
+    the till; calm lasted on today, walls were round near the stove; ...
 
 A response is four opening words and then clauses. A clause is *evidence* (one of 60 phrases,
 30 good and 30 bad, decided by the first word) with a *remark* behind it, or neutral *filler*.
@@ -20,7 +21,7 @@ from functools import cached_property, lru_cache
 
 from data.toy.words import (BAD, FACTS, FILLER, GOOD, LOOKS, OPENING, PLACES, PREDICATES, REMARKS, TOWNS)
 
-EVIDENCE = [f"{noun} {PREDICATES[i % len(PREDICATES)]}" for i, noun in enumerate(GOOD + BAD)]
+EVIDENCE = [f"{noun} {predicate}" for noun, predicate in zip(GOOD + BAD, PREDICATES)]
 QUALITY = [+1] * len(GOOD) + [-1] * len(BAD)
 REMARK = [f"{noun} {look}" for noun, look in zip(REMARKS, LOOKS)]
 NEUTRAL = [f"{noun} {FACTS[i % len(FACTS)]}" for i, noun in enumerate(FILLER)]
