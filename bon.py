@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import UserError, run_script, show, write_json
+from config import UserError, in_range, run_script, show, write_json
 from data.batches import make_row
 from data.pairs import Candidates, read_candidates
 from data.toy.world import gold, question
@@ -131,6 +131,9 @@ def evaluate_candidates(model, tokenizer, candidates, device, seed=0):
 
 def main(config):
     show(config)
+    in_range(config, 1, 10**9, "prompts", "samples")
+    in_range(config, 0, 10**9, "seed", "temperature")
+    in_range(config, 1e-9, 1, "top_p")
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, device)
     skipped = 0

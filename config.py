@@ -25,13 +25,14 @@ class UserError(Exception):
 
 def run_script(config_class, main):
     """Parse the command line into config_class and call main(config)."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
     try:
         main(parse(config_class, sys.argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from the last checkpoint")
+        sys.exit("interrupted; a training run is continued by the same command")
 
 
 def parse(config_class, arguments):
@@ -64,6 +65,13 @@ def convert(key, text, kind):
         raise UserError(f"--{key} takes {'a whole number' if kind is int else 'a number'}, not {text!r}") from None
 
 
+def in_range(config, low, high, *names):
+    """A UserError for the first of these settings that is not a number from low to high."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:    # not a number fails too
+            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(config, name)}")
+
+
 def usage(config_class):
     """One line per setting: its name, its default and its trailing comment in the source."""
     comments = {}
@@ -93,7 +101,7 @@ def choose(name, value, options):
 def write_atomically(path, write):
     """Call write(temporary_path), flush it to disk and rename it to path: all of it or none."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -108,7 +116,7 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -149,7 +157,8 @@ class Run:
     """An output folder: ckpt.pt and log.jsonl of one training run with one set of settings.
 
     Opening a folder that holds a run continues it when every setting agrees, refuses it by
-    the name of the first one that does not, and with overwrite=True starts over.
+    the name of the first one that does not, and with overwrite=True starts over. `match` does
+    the same for what the settings only name: the data, the vocabulary, the generator.
     """
     FREE = ("out_dir", "overwrite", "device")  # settings that may differ between a run and its continuation
 
@@ -158,11 +167,8 @@ class Run:
         self.settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in self.FREE}
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file, not a folder for a run")
-        if overwrite:
-            for name in ("ckpt.pt", "log.jsonl", "eval.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        self.checkpoint = None
-        if (self.folder / "ckpt.pt").exists():
+        self.checkpoint, self.inputs = None, {}
+        if (self.folder / "ckpt.pt").exists() and not overwrite:
             self.checkpoint = load_checkpoint(self.folder, kind)
             for key, value in self.settings.items():
                 found = self.checkpoint["settings"].get(key)
@@ -170,18 +176,32 @@ class Run:
                     raise UserError(f"{self.folder} holds a run with --{key}={found}, not {value}; "
                                     "choose another folder, or start over with --overwrite=True")
 
+    def match(self, **inputs):
+        """Refuse to continue with another `data`, `vocabulary` or `generator` (fingerprints) than the run began with."""
+        self.inputs = inputs
+        for name, value in inputs.items():
+            if self.checkpoint and self.checkpoint["inputs"][name] != value:
+                raise UserError(f"{self.folder} holds a run with another {name}: it was made again since. "
+                                "Choose another folder, or start over with --overwrite=True")
+
     def restore(self, model, optimizer):
-        """Load the checkpoint, if any, into model and optimizer; returns the next step's number."""
+        """Load the checkpoint, if any, into model and optimizer (or clear the folder); returns the next step's number."""
         step = 0
-        if self.checkpoint:
+        if self.checkpoint is None:
+            for name in ("ckpt.pt", "eval.json"):
+                (self.folder / name).unlink(missing_ok=True)
+        else:
             model.load_state_dict(self.checkpoint["model"])
             optimizer.load_state_dict(self.checkpoint["optimizer"])
             step = self.checkpoint["step"]
         log = self.folder / "log.jsonl"
         if log.exists():  # what was logged after the checkpoint will be logged again
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
-            write_atomically(log, lambda temporary: temporary.write_text(kept))
+            kept = []
+            for line in log.read_text().splitlines(keepends=True):
+                if not line.endswith("}\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+            write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
         return step
 
     def log(self, record):
@@ -192,6 +212,6 @@ class Run:
 
     def save(self, step, model, optimizer, **more):
         """Write ckpt.pt: step updates are done."""
-        checkpoint = dict(kind=self.kind, settings=self.settings, step=step, model=model.state_dict(),
-                          optimizer=optimizer.state_dict(), **more)
+        checkpoint = dict(kind=self.kind, settings=self.settings, inputs=self.inputs, step=step,
+                          model=model.state_dict(), optimizer=optimizer.state_dict(), **more)
         write_atomically(self.folder / "ckpt.pt", lambda temporary: torch.save(checkpoint, temporary))

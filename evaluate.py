@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError, load_checkpoint, run_script, show, write_json
+from config import UserError, in_range, load_checkpoint, run_script, show, write_json
 from data import tokenizer as tokenizers
 from data.batches import collate, in_length_order, load_pairs, pair_rows
 from data.prepare import open_dataset
@@ -121,6 +121,8 @@ def compare_with_truth(world, rows, rewards, tokenizer):
     values, steps = [], {"remark": [], "evidence": []}
     for row, r in zip(rows, rewards):
         trace = world.trace(row.response.tolist(), encode, tokenizer.end_of_text)
+        if len(trace) != len(row.response):
+            raise UserError("a response that this toy world cannot write; prepare the dataset again")
         values += [value for _, value, _, _ in trace]
         for t, (_, _, kind, first) in enumerate(trace):
             if first and kind in steps:
@@ -133,15 +135,14 @@ def compare_with_truth(world, rows, rewards, tokenizer):
             "credit_leak": float(np.mean(steps["remark"]) / np.mean(steps["evidence"]))}
 
 
-def evaluate_dataset(model, tokenizer, folder, kind, device, strict=False, batch_size=64):
-    """{split: metrics} for every split of a prepared dataset but `train`."""
-    splits = list(SPLITS) if kind == "toy" else ["val"]
+def evaluate_dataset(model, dataset, device, strict=False, batch_size=64):
+    """{split: metrics} for every split of a Dataset but `train`."""
     results = {}
-    for split in splits:
-        data = load_pairs(folder / f"{split}.jsonl", tokenizer, model.transformer.config.block_size, strict)
+    for split in list(SPLITS) if dataset.kind == "toy" else ["val"]:
+        data = load_pairs(dataset.path(split), dataset.tokenizer, model.transformer.config.block_size, strict)
         results[split], rewards = evaluate_pairs(model, data, device, batch_size)
-        if kind == "toy":
-            results[split] |= compare_with_truth(SPLITS[split], pair_rows(data.rows), rewards, tokenizer)
+        if dataset.kind == "toy":
+            results[split] |= compare_with_truth(SPLITS[split], pair_rows(data.rows), rewards, dataset.tokenizer)
     return results
 
 
@@ -171,6 +172,7 @@ def print_lines(lines):
 
 # Comparison of runs ---------------------------------------------------------------------------------
 
+@lru_cache(maxsize=None)
 def student_t(degrees, level=0.975):
     """The quantile of Student's t, by adding up its density."""
     x = np.linspace(0, 100, 1_000_001)
@@ -197,18 +199,23 @@ def compare_runs(folders):
         if not path.is_file():
             raise UserError(f"{path} is missing; finish the run with train.py, or name another folder")
         try:
-            runs.append(json.loads(path.read_text()))
-        except ValueError:
-            raise UserError(f"{path} is damaged; run the same train.py command again") from None
+            run = json.loads(path.read_text())
+            runs.append((run["settings"], run["splits"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not the result of train.py; run its command again") from None
+    if not runs:
+        raise UserError("name evaluated runs with --compare=DIR,DIR,...")
     apart = ("seed", "dataset", "out_dir", "generator", "device", "overwrite")
-    keys = [key for key in runs[0]["settings"] if key not in apart
-            and len({str(run["settings"].get(key)) for run in runs}) > 1]
+    keys = [key for key in sorted(runs[0][0], key=lambda key: (key != "regularizer", key))
+            if key not in apart and len({str(settings.get(key)) for settings, _ in runs}) > 1]
     groups = defaultdict(dict)
-    for run in runs:
-        label = " ".join(str(run["settings"].get(key)) for key in keys) or "all"
-        groups[label][run["settings"]["dataset"], run["settings"]["seed"]] = run["splits"]
-    names = [(split, key) for split, metrics in runs[0]["splits"].items()
-             for key in ("accuracy", "correlation", "credit_leak") if key in metrics]
+    for folder, (settings, splits) in zip(folders, runs):
+        members = groups[" ".join(str(settings.get(key)) for key in keys) or "all"]
+        if (pair := (settings["dataset"], settings["seed"])) in members:
+            raise UserError(f"{folder} has the settings, dataset and seed of a run named before it")
+        members[pair] = splits
+    names = [(split, key) for split, metrics in runs[0][1].items() for key in ("accuracy", "correlation", "credit_leak")
+             if all(key in splits.get(split, {}) for _, splits in runs)]
     base = next(iter(groups))
     lines = [[", ".join(keys), *groups]]
     for split, key in names:
@@ -230,18 +237,19 @@ def main(config):
     if config.compare:
         return compare_runs([folder for folder in config.compare.split(",") if folder])
     show(config)
+    in_range(config, 1, 10**9, "batch_size")
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, device)
     if config.data:
         data = load_pairs(config.data, tokenizer, model.transformer.config.block_size, config.strict, config.as_dialogue)
         results, _ = evaluate_pairs(model, data, device, config.batch_size)
-        print_table({"all": results, **results.get("subsets", {})})
+        print_table({"(all)": results, **results.get("subsets", {})})
         print(f"left out: {results['skipped']}   prompts cut at their start: {results['truncated']}")
     else:
-        folder, kind, found = open_dataset(checkpoint["settings"]["dataset"])
-        if found.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{folder} was prepared again with another vocabulary than the checkpoint's")
-        splits = evaluate_dataset(model, tokenizer, folder, kind, device, config.strict, config.batch_size)
+        dataset = open_dataset(checkpoint["settings"]["dataset"])
+        if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{dataset.folder} was prepared again with another vocabulary than the checkpoint's")
+        splits = evaluate_dataset(model, dataset, device, config.strict, config.batch_size)
         print_table(splits)
         results = {"splits": splits}
     if config.json:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Run, UserError, check_finite, fingerprint, load_checkpoint, run_script, show, write_atomically
+from config import (Run, UserError, check_finite, fingerprint, in_range, load_checkpoint, run_script, show,
+                    write_atomically)
 from data import tokenizer as tokenizers
 from data.batches import collate, in_length_order, load_pairs, pair_rows, training_indices
 from data.prepare import open_dataset
@@ -53,16 +54,22 @@ def length_normalised_nll(logprobs, mask):
 
 def train_generator(config):
     """Train, or continue, or just load the generator in config.out_dir; returns the frozen LanguageModel."""
-    device = pick_device(config.device)
-    folder, _, tokenizer = open_dataset(config.dataset)
+    in_range(config, 1, 10**9, "n_layer", "n_head", "n_embd", "block_size", "steps", "batch_size", "log_interval",
+             "save_interval")
+    in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay")
+    in_range(config, 1e-9, 1e9, "clip")
+    device, dataset = pick_device(config.device), open_dataset(config.dataset)
+    autocast(device, config.dtype)
+    tokenizer = dataset.tokenizer
     sizes = ModelConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd)
     run = Run(config.out_dir, "generator", config, config.overwrite)
+    run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint)
     torch.manual_seed(config.seed)
     model = LanguageModel(sizes).to(device)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     first = run.restore(model, optimizer)
     if first < config.steps:
-        pairs = load_pairs(folder / "train.jsonl", tokenizer, config.block_size, config.strict).rows
+        pairs = load_pairs(dataset.path("train"), tokenizer, config.block_size, config.strict).rows
         for step in tqdm(range(first, config.steps), "generator", config.steps, initial=first, disable=None, leave=False):
             rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
             rows = pair_rows([pairs[i] for i in training_indices(step, len(pairs), config.batch_size, config.seed)])

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError, choose
+
+CHUNK = 4096    # positions whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,17 @@ class ModelConfig:
     n_head: int
     n_embd: int
 
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n_embd={self.n_embd} does not divide by --n_head={self.n_head}")
+
 
 class KVCache:
     """Keys and values of the tokens read so far: (rows, n_head, block_size, head size) per layer, and their number."""
 
     def __init__(self, config, rows, device, dtype):
-        shape = (2, config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
     def append(self, layer, k, v):
@@ -59,6 +66,7 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)      # (B, n_head, T, head size)
                    for part in self.c_attn(x).split(C, dim=2))
         if cache is not None:
+            assert T == 1 or cache.length == 0, "several tokens are read into an empty cache only"
             k, v = cache.append(self.layer, k, v)
         # One new token sees everything before it; several are a prompt, read into an empty cache.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
@@ -150,20 +158,28 @@ class RewardModel(nn.Module):
     def forward(self, tokens):
         """tokens (rows, T) -> rewards (rows, T) in fp32, one per prefix, and hidden states (rows, T, C)."""
         hidden = self.transformer(tokens)
-        with torch.autocast(hidden.device.type, enabled=False):
-            rewards = self.score(hidden.float()).squeeze(-1)     # (rows, T)
+        with torch.autocast(hidden.device.type, enabled=False):  # written as a sum: a matrix product may use TF32
+            rewards = (hidden.float() * self.score.weight[0]).sum(-1)    # (rows, T)
         return rewards, hidden
 
 
 def token_logprobs(hidden, lm_head, tokens, mask):
     """log P(token t+1 | tokens 0..t) where token t+1 is a response token, 0 elsewhere; (rows, T-1) in fp32.
 
-    hidden (rows, T, C), tokens and mask (rows, T). Logits are made for those positions only.
+    hidden (rows, T, C), tokens and mask (rows, T). Logits are made for those positions only, CHUNK at a
+    time, and made again in the backward pass where there is more than one chunk.
     """
-    wanted = mask[:, 1:]                                                # (rows, T-1)
-    logits = lm_head(hidden[:, :-1][wanted])                            # (response tokens, V)
-    logprobs = -F.cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
-    return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, logprobs)
+    def logprob(states, targets):
+        return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
+
+    wanted = mask[:, 1:]                                                                # (rows, T-1)
+    states, targets = hidden[:, :-1][wanted], tokens[:, 1:][wanted]                     # (N, C), (N,)
+    if len(states) > CHUNK:
+        found = torch.cat([checkpoint(logprob, *part, use_reentrant=False)
+                           for part in zip(states.split(CHUNK), targets.split(CHUNK))])
+    else:
+        found = logprob(states, targets)
+    return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, found)
 
 
 def make_optimizer(model, learning_rate, weight_decay):
@@ -199,6 +215,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used here ({str(error).splitlines()[0]})") from None

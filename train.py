@@ -12,7 +12,6 @@ Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "G
 plain Bradley-Terry is that with --lm_weight=0. Left out: more than one device.
 """
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import Run, UserError, check_finite, choose, load_checkpoint, run_script, show, write_json
+from config import (Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
+                    write_json)
 from data.batches import collate, load_pairs, pair_rows, training_indices
 from data.prepare import dataset_folder, open_dataset
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
 from evaluate import evaluate_dataset, pair_accuracy, print_table, score
-from generator import GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator
+from generator import GeneratorConfig, length_normalised_nll, stored_probs, train_generator
 from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, token_logprobs, update
 from regularizer import REGULARIZERS
 
@@ -82,32 +82,29 @@ def language_model_loss(model, hidden, batch, trunk_gradient):
 
 
 def obtain_generator(config):
-    """The frozen generator in config.generator (trained or continued there first) with sizes as asked."""
+    """The frozen generator in config.generator, trained or continued there first, of the data and sizes asked for."""
     folder = Path(config.generator)
     shared = {key: getattr(config, key) for key in ("dataset", "n_layer", "n_head", "n_embd", "block_size")}
-    settings = GeneratorConfig(**shared, out_dir=config.generator, dtype=config.dtype)
+    settings = GeneratorConfig(**shared, dtype=config.dtype, strict=config.strict)
     if (folder / "ckpt.pt").exists():
         settings = GeneratorConfig(**load_checkpoint(folder, "generator")["settings"])
         for key, value in shared.items():
             if getattr(settings, key) != value:
                 raise UserError(f"the generator in {folder} has --{key}={getattr(settings, key)}, not {value}; "
                                 "choose another folder with --generator=FOLDER")
-    train_generator(dataclasses.replace(settings, out_dir=config.generator, device=config.device))
-    return load_generator(folder, pick_device(config.device))
+    return train_generator(dataclasses.replace(settings, out_dir=config.generator, device=config.device))
 
 
 def train(config):
-    device = pick_device(config.device)
     regularize = choose("regularizer", config.regularizer, REGULARIZERS)
     lam = 0.0 if config.regularizer == "none" else config.reg_weight
-    folder, kind, tokenizer = open_dataset(config.dataset)
+    device, dataset = pick_device(config.device), open_dataset(config.dataset)
+    tokenizer = dataset.tokenizer
     run = Run(config.out_dir, "reward model", config, config.overwrite)
-    generator, generator_tokenizer = obtain_generator(config)
-    if generator_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the generator in {config.generator} reads another vocabulary than --dataset={config.dataset}; "
-                        "train one for it with --generator=NEW_FOLDER")
-    data = load_pairs(folder / "train.jsonl", tokenizer, config.block_size, config.strict)
-    val = load_pairs(folder / "val.jsonl", tokenizer, config.block_size, config.strict)
+    data = load_pairs(dataset.path("train"), tokenizer, config.block_size, config.strict)
+    val = load_pairs(dataset.path("val"), tokenizer, config.block_size, config.strict)
+    generator = obtain_generator(config)
+    run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint, generator=fingerprint(generator.state_dict()))
     rows = pair_rows(data.rows)
     probs = stored_probs(generator, rows, config.generator)
     print(f"p of {sum(map(len, probs))} response tokens stored in {config.generator}; "
@@ -119,8 +116,8 @@ def train(config):
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     first = run.restore(model, optimizer)
     S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
-    save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=kind, tokenizer=tokenizer.to_dict(),
-                                 model_config=dataclasses.asdict(model.transformer.config))
+    save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
+                                 tokenizer=tokenizer.to_dict(), model_config=dataclasses.asdict(generator.transformer.config))
     model.train()
     for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first, disable=None, leave=False):
         rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
@@ -133,7 +130,7 @@ def train(config):
         bt, margins = bradley_terry(rewards, batch.last)
         reg, scale = regularize(rewards, batch.probs, batch.mask)
         if scale is not None:
-            S = 0.95 * S + 0.05 * scale
+            S = 0.95 * S + 0.05 * scale.detach()
             reg = reg / S
         loss = config.lm_weight * lm + lam * reg + (1 - lam) * bt
         grad_norm = update(model, optimizer, loss, rate, config.clip)
@@ -153,7 +150,7 @@ def train(config):
                 "loss", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "eval_accuracy") if key in record]))
         if saves:
             save(done)
-    return model, tokenizer, kind, folder
+    return model, dataset, data
 
 
 def main(config):
@@ -161,14 +158,19 @@ def main(config):
         config, generator=config.generator or f"out/{config.dataset}-generator",
         out_dir=config.out_dir or f"out/{config.dataset}-{config.regularizer}-seed{config.seed}")
     show(config)
+    in_range(config, 1, 10**9, "steps", "batch_size", "log_interval", "eval_interval", "save_interval")
+    in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay", "lm_weight")
+    in_range(config, 0, 1, "reg_weight", "lm_trunk_gradient")
+    in_range(config, 1e-9, 1e9, "clip")
+    autocast(pick_device(config.device), config.dtype)
     if config.dataset == "toy" and not (dataset_folder("toy") / "dataset.json").exists():
         prepare_toy(ToyConfig())
     started = time.time()
-    model, tokenizer, kind, folder = train(config)
+    model, dataset, data = train(config)
     print(f"trained in {time.time() - started:.0f} s; evaluating")
-    results = evaluate_dataset(model, tokenizer, folder, kind, pick_device(config.device), config.strict)
-    settings = dataclasses.asdict(config)
-    write_json(Path(config.out_dir) / "eval.json", {"settings": settings, "splits": results})
+    results = evaluate_dataset(model, dataset, pick_device(config.device), config.strict)
+    write_json(Path(config.out_dir) / "eval.json", {"settings": dataclasses.asdict(config), "splits": results,
+                                                    "train": {"n": len(data.pairs), "skipped": data.skipped}})
     print_table(results)
     print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl and eval.json")
 

@@ -67,7 +67,7 @@ class Batch:
     probs: torch.Tensor     # (rows, T-1), the generator's probability of token t+1; 0 where it is not known
 
     def to(self, device):
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def collate(rows, probs=None):

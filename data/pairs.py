@@ -62,7 +62,7 @@ def read_rows(path, parse, strict):
         try:
             row = decode_row(line)
             readable += 1
-            found += [row for row in parse(row)]
+            found += parse(row)
         except BadRow as reason:
             if strict:
                 raise UserError(f"{path}, row {number}: {reason}") from None
@@ -110,19 +110,19 @@ def parse_pairs(row, as_dialogue):
     for key in ("chosen", "rejected"):
         if key not in row:
             raise BadRow(f"no {key!r}")
-    label = {"id": str(row.get("id", "")), "subset": str(row.get("subset") or "")}
+    label = {"id": name_of(row, "id"), "subset": name_of(row, "subset")}
     chosen, rejected = row["chosen"], row["rejected"]
     if is_list_of(str, chosen) and is_list_of(str, rejected):
         if len(chosen) != len(rejected):
             raise BadRow(f"{len(chosen)} chosen and {len(rejected)} rejected texts")
-        return [checked(*dialogue(row.get("prompt"), a, b, as_dialogue), label["id"], level)
+        return [checked(*dialogue(row.get("prompt"), a, b, as_dialogue=as_dialogue), label["id"], level)
                 for i, a in enumerate(chosen) for j, b in enumerate(rejected)
                 for level in ["normal" if i == j else "hard" if i < j else "easy"]]
     if "prompt" not in row:
         prompt, chosen, rejected = split_prompt(chosen, rejected)
     else:
         prompt = row["prompt"]
-    return [checked(*dialogue(prompt, chosen, rejected, as_dialogue), **label)]
+    return [checked(*dialogue(prompt, chosen, rejected, as_dialogue=as_dialogue), **label)]
 
 
 def parse_candidates(row, as_dialogue):
@@ -130,21 +130,26 @@ def parse_candidates(row, as_dialogue):
     responses = row.get("responses")
     if not is_list_of(dict, responses):
         raise BadRow("no 'responses', or not a list of objects")
-    prompt, *texts = dialogue(row.get("prompt"), *(response.get("text") for response in responses), as_dialogue)
+    texts = [response.get("text") for response in responses]
+    prompt, *texts = dialogue(row.get("prompt"), *texts, as_dialogue=as_dialogue)
     for text in (prompt, *texts):
         check_text("a prompt or response", text)
     correct = [response.get("correct") for response in responses]
-    if not all(isinstance(value, (bool, int, float)) for value in correct):
-        raise BadRow("a response without 'correct' (true, false or a number)")
-    return [Candidates(prompt, tuple(texts), tuple(map(float, correct)), str(row.get("id", "")))]
+    if not all(isinstance(value, (bool, int, float)) and abs(value) < 1e30 for value in correct):
+        raise BadRow("a response without 'correct' (true, false or a finite number)")
+    return [Candidates(prompt, tuple(texts), tuple(map(float, correct)), name_of(row, "id"))]
 
 
-def dialogue(prompt, *rest):
-    """(prompt, responses ..., as_dialogue) with messages, or a plain prompt, written as dialogue text."""
-    *responses, as_dialogue = rest
+def name_of(row, key):
+    """An optional label as text, '' where it is absent."""
+    return "" if row.get(key) is None else str(row[key])
+
+
+def dialogue(prompt, *responses, as_dialogue):
+    """Prompt and responses, with messages (or, as_dialogue, a plain prompt) written as dialogue text."""
     if is_list_of(dict, prompt):
         return render(prompt) + TURN, *(" " + render_reply(reply) for reply in responses)
-    if as_dialogue and isinstance(prompt, str) and TURN not in prompt:
+    if as_dialogue and isinstance(prompt, str) and prompt.strip() and TURN not in prompt:
         spaced = (" " + text if isinstance(text, str) and text.strip() else text for text in responses)
         return ROLES["user"] + prompt + TURN, *spaced
     return prompt, *responses
@@ -153,8 +158,9 @@ def dialogue(prompt, *rest):
 def render(messages):
     """Messages -> '\\n\\nHuman: ...\\n\\nAssistant: ...' text."""
     for message in messages:
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise BadRow("a message without a known 'role' and a 'content' that is a string")
+        if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
+            raise BadRow(f"a message without a known 'role' ({', '.join(ROLES)})")
+        check_text("a message's content", message.get("content"))
     return "".join(ROLES[message["role"]] + message["content"] for message in messages)
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, run_script, show, write_json
+from config import UserError, fingerprint, in_range, run_script, show, write_json
 from data import tokenizer as tokenizers
 from data.pairs import read_pairs
 
@@ -60,8 +60,23 @@ def write_dataset(folder, splits, tokenizer_name, kind="pairs"):
     print(f"wrote {folder}: {counts}; tokenizer {tokenizer_name} of {tokenizer.vocab_size} tokens")
 
 
+@dataclass(frozen=True)
+class Dataset:
+    folder: Path
+    kind: str                           # pairs or toy
+    tokenizer: tokenizers.Tokenizer
+
+    @property
+    def fingerprint(self):
+        """Of the training pairs as they are on disk."""
+        return fingerprint(self.path("train").read_text(encoding="utf-8"))
+
+    def path(self, split):
+        return self.folder / f"{split}.jsonl"
+
+
 def open_dataset(name):
-    """A prepared dataset's name -> (its folder, its kind, its tokenizer)."""
+    """A prepared dataset's name -> Dataset."""
     folder = dataset_folder(name)
     if not (folder / "dataset.json").is_file():
         known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
@@ -70,7 +85,7 @@ def open_dataset(name):
         raise UserError(f"no dataset {name!r} yet; make it with {make}")
     try:
         described = json.loads((folder / "dataset.json").read_text())
-        return folder, described["kind"], tokenizers.from_dict(described["tokenizer"])
+        return Dataset(folder, described["kind"], tokenizers.from_dict(described["tokenizer"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'dataset.json'} is damaged; prepare the dataset again") from None
 
@@ -94,6 +109,7 @@ def prepare_pairs(name, path, pairs, config):
 
 def main(config):
     show(config)
+    in_range(config, 0, 1, "val_share")
     dataset_folder(config.name)
     pairs, _ = read_pairs(config.input, config.strict, config.as_dialogue)
     prepare_pairs(config.name, config.input, pairs, config)

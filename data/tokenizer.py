@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 
 import tiktoken
 
-from config import UserError, choose, fingerprint
+from config import UserError, fingerprint
 
 # How text is cut before merging: contractions, words with their leading space, numbers, punctuation, white space.
 # Written so that Python's re (training) and tiktoken's engine (encoding) read it alike.
@@ -76,10 +76,11 @@ def from_ranks(ranks, name):
 def make(name, texts):
     """'gpt2', or 'bpe:SIZE': a vocabulary of at most SIZE tokens trained on texts."""
     kind, _, size = name.partition(":")
-    choose("tokenizer", kind, {"gpt2": None, "bpe": None})
     if name == "gpt2":
         return gpt2()
-    if not size.isdigit() or int(size) < 257:
+    if kind != "bpe":
+        raise UserError(f"unknown tokenizer {name!r}; choose gpt2, or bpe:SIZE")
+    if not size.isdecimal() or int(size) < 257:
         raise UserError(f"--tokenizer={name}: write bpe:SIZE with SIZE at least 257 (256 bytes and end-of-text)")
     return from_ranks(train_bpe(texts, int(size) - 1), name)
 

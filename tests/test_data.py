@@ -38,6 +38,8 @@ def bpe():
     ({"prompt": "Q", "chosen": [], "rejected": []}, "chosen is a list"),
     ({"chosen": "entirely", "rejected": "different"}, "prompt is empty"),
     ({"prompt": [{"role": "alien", "content": "x"}], "chosen": "a", "rejected": "b"}, "known 'role'"),
+    ({"prompt": [{"role": [], "content": "x"}], "chosen": "a", "rejected": "b"}, "known 'role'"),
+    ({"prompt": [{"role": "user", "content": ""}], "chosen": "a", "rejected": "b"}, "content is empty"),
     ([1, 2], "a list where an object"),
     ("text", "a str where an object"),
 ])
@@ -116,9 +118,11 @@ def test_lists_of_three_become_nine_pairs_of_three_difficulties(tmp_path):
 def test_candidates_are_checked(tmp_path, capsys):
     rows = [{"prompt": "Q", "responses": [{"text": "a", "correct": True}, {"text": "b", "correct": 0.5}]},
             {"prompt": "Q", "responses": []}, {"prompt": "Q", "responses": [{"text": "a"}]},
-            {"prompt": "Q", "responses": [{"text": 3, "correct": True}]}, {"prompt": "", "responses": [{"text": "a", "correct": 1}]}]
+            {"prompt": "Q", "responses": [{"text": 3, "correct": True}]}, {"prompt": "", "responses": [{"text": "a", "correct": 1}]},
+            {"prompt": "Q", "responses": [{"text": "a", "correct": float("nan")}]},
+            {"prompt": "Q", "responses": [{"text": "a", "correct": 10 ** 400}]}]
     candidates, bad = read_candidates(write(tmp_path / "x.jsonl", *rows))
-    assert bad == 4 and candidates[0].correct == (1.0, 0.5)
+    assert bad == 6 and candidates[0].correct == (1.0, 0.5)
 
 
 def test_bpe_round_trips_any_text(bpe):
@@ -212,9 +216,10 @@ def test_any_jsonl_becomes_a_dataset_with_no_prompt_in_both_parts(tmp_path, monk
     source = write(tmp_path / "mine.jsonl", *[dict(GOOD, prompt=f"Question {i // 2}?", chosen=f"yes {i}") for i in range(80)])
     data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=mine", f"--input={source}", "--tokenizer=bpe:300",
                                                          "--val_share=0.25"]))
-    folder, kind, tokenizer = data.prepare.open_dataset("mine")
-    prompts = {split: {pair.prompt for pair in read_pairs(folder / f"{split}.jsonl")[0]} for split in ("train", "val")}
-    assert kind == "pairs" and prompts["train"] and prompts["val"] and not prompts["train"] & prompts["val"]
+    dataset = data.prepare.open_dataset("mine")
+    folder = dataset.folder
+    prompts = {split: {pair.prompt for pair in read_pairs(dataset.path(split))[0]} for split in ("train", "val")}
+    assert dataset.kind == "pairs" and prompts["train"] and prompts["val"] and not prompts["train"] & prompts["val"]
     assert not list(folder.glob(".prepare*")) and not list(folder.glob(".dataset*"))
 
 

@@ -20,8 +20,7 @@ def main(*arguments):
 @pytest.fixture
 def loaded(inside):
     model, tokenizer, checkpoint = evaluate.load_reward_model("out/run", "cpu")
-    folder, _, _ = open_dataset("toy")
-    return model, tokenizer, load_pairs(folder / "val.jsonl", tokenizer, 160)
+    return model, tokenizer, load_pairs(open_dataset("toy").path("val"), tokenizer, 160)
 
 
 def test_a_tie_is_wrong_and_counted():

@@ -18,8 +18,7 @@ from model import LanguageModel, ModelConfig
 @pytest.fixture
 def trained(inside):
     model, tokenizer = load_generator("out/toy-generator", "cpu")
-    folder, _, _ = open_dataset("toy")
-    return model, tokenizer, pair_rows(load_pairs(folder / "train.jsonl", tokenizer, 160).rows)
+    return model, tokenizer, pair_rows(load_pairs(open_dataset("toy").path("train"), tokenizer, 160).rows)
 
 
 def test_cached_p_equals_live_p_one_row_at_a_time(trained, tmp_path):
@@ -137,8 +136,8 @@ def test_p_agrees_with_the_worlds_exact_probability_on_held_out_text(tmp_path, m
     monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
     prepare(ToyConfig(test=100))
     model = train_generator(GeneratorConfig(out_dir=str(tmp_path / "generator")))
-    folder, _, tokenizer = open_dataset("toy")
-    rows = pair_rows(load_pairs(folder / "val.jsonl", tokenizer, 160).rows)
+    tokenizer = open_dataset("toy").tokenizer
+    rows = pair_rows(load_pairs(open_dataset("toy").path("val"), tokenizer, 160).rows)
     exact = [[p for p, *_ in World().trace(row.response.tolist(), tokenizer.encode, tokenizer.end_of_text)] for row in rows]
     difference = np.abs(np.concatenate(exact) - np.concatenate(response_probs(model, rows)))
     print(f"mean |p - exact p| = {difference.mean():.4f} over {len(difference)} held-out tokens")

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import model
 from model import KVCache, LanguageModel, ModelConfig, RewardModel, learning_rate, token_logprobs
 
 SIZES = ModelConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16)
@@ -32,11 +33,11 @@ def test_padding_and_batch_mates_change_no_reward(tiny):
 @torch.no_grad()
 def test_reading_token_by_token_through_the_cache_equals_reading_at_once():
     torch.manual_seed(0)
-    model = LanguageModel(SIZES).eval().transformer
+    trunk = LanguageModel(SIZES).eval().transformer
     tokens = torch.randint(0, 50, (3, 10))
     cache = KVCache(SIZES, 3, "cpu", torch.float32)
-    parts = [model(tokens[:, :4], cache)] + [model(tokens[:, t:t + 1], cache) for t in range(4, 10)]
-    assert torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-5)
+    parts = [trunk(tokens[:, :4], cache)] + [trunk(tokens[:, t:t + 1], cache) for t in range(4, 10)]
+    assert torch.allclose(torch.cat(parts, 1), trunk(tokens), atol=1e-5)
 
 
 def test_parameter_names_are_gpt2s():
@@ -91,6 +92,19 @@ def test_token_logprobs_equal_a_full_softmax_at_response_tokens_and_are_zero_els
     full = tiny.model.lm_head(hidden[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
     expected = torch.where(mask[:, 1:], full, 0.0)
     assert torch.allclose(token_logprobs(hidden, tiny.model.lm_head, tokens, mask), expected, atol=1e-5)
+
+
+def test_logits_in_chunks_give_the_same_values_and_gradients(tiny, monkeypatch):
+    tokens, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.bool)
+    found = []
+    for chunk in (4096, 5):
+        monkeypatch.setattr(model, "CHUNK", chunk)
+        tiny.model.zero_grad()
+        logprobs = token_logprobs(tiny.model.transformer(tokens), tiny.model.lm_head, tokens, mask)
+        logprobs.sum().backward()
+        found.append((logprobs.detach(), tiny.model.transformer.wte.weight.grad.clone()))
+    tiny.model.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
 
 
 def test_a_reward_model_starts_as_its_generator_with_an_untied_lm_head():

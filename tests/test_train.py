@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data.prepare
 import train
 from config import UserError, load_checkpoint, parse
 from conftest import small_run
-from data.batches import Row, collate, pair_rows
-from evaluate import score
+from data.batches import Row, collate
+from data.toy.prepare import ToyConfig
+from data.toy.prepare import prepare as prepare_toy
 from model import ModelConfig, RewardModel, make_optimizer, update
 from regularizer import icrm
 from test_generator import kill_after
@@ -169,7 +171,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(i
     assert checkpoint["step"] == 4 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
 
 
+def test_overwrite_deletes_nothing_before_the_new_run_begins(inside):
+    run("out/kept", seed=5)
+    before = (inside / "out/kept/ckpt.pt").read_bytes()
+    for more in (dict(dtype="float8"), dict(n_embd=16), dict(steps=0)):
+        with pytest.raises(UserError):
+            run("out/kept", **dict(more, overwrite=True))
+    assert (inside / "out/kept/ckpt.pt").read_bytes() == before
+
+
+def test_a_dataset_made_again_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
+    prepare_toy(ToyConfig(train=60, test=20))
+    run("out/first")
+    prepare_toy(ToyConfig(train=60, test=20, seed=1))
+    with pytest.raises(UserError, match="out/toy-generator holds a run with another data"):
+        run("out/first")
+    with pytest.raises(UserError, match="--generator=out/toy-generator, not out/other"):
+        run("out/first", generator="out/other")
+
+
 @pytest.mark.parametrize("more, message", [
+    (dict(steps=0), "--steps must be from 1"), (dict(learning_rate="nan"), "--learning_rate must be"),
+    (dict(reg_weight=1.5), "--reg_weight must be from 0 to 1"), (dict(seed=-1), "--seed must be"),
+    (dict(device="meta"), "choose auto, cpu"),
     (dict(regularizer="icmr"), "choose one of: none, icrm"), (dict(dataset="toys"), "no dataset 'toys'"),
     (dict(device="cuda:99"), "cannot be used"), (dict(dtype="float8"), "unknown dtype"),
 ])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from config import run_script, show
+from config import in_range, run_script, show
 from data.prepare import dataset_folder, write_dataset
 from data.toy.world import SPLITS, World, pairs
 
@@ -30,6 +30,7 @@ def prepare(config):
 
 def main(config):
     show(config)
+    in_range(config, 1, 10**6, "train", "test")
     prepare(config)
 
 
