@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def show(config):
                if getattr(config, field.name) != field.default}
     words = [f"{'*' if name in changed else ''}{name}={value}"
              for name, value in dataclasses.asdict(config).items() if value != ""]
-    print("settings (* changed): " + "  ".join(words))
+    print(textwrap.fill("settings (* changed): " + "  ".join(words), 80, break_long_words=False, break_on_hyphens=False))
 
 
 def choose(name, value, options):

@@ -192,6 +192,7 @@ def compare_runs(folders):
     """Print evaluated runs side by side; runs that differ in their seed or dataset alone are averaged.
 
     Under each group but the first: the difference to the first, paired by dataset and seed, with a 95% interval.
+    Returns the runs as a list of dictionaries.
     """
     runs = []
     for folder in folders:
@@ -231,11 +232,16 @@ def compare_runs(folders):
     print_lines([line for line in lines if any(line[1:])])
     print(f"runs in each: {', '.join(str(len(members)) for members in groups.values())}. After +- half a 95% t interval; "
           f"differences are to {base}, paired by dataset and seed.")
+    return [{key: settings[key] for key in ("regularizer", "reg_weight", "dataset", "seed")} | {"splits": splits}
+            for settings, splits in runs]
 
 
 def main(config):
     if config.compare:
-        return compare_runs([folder for folder in config.compare.split(",") if folder])
+        runs = compare_runs([folder for folder in config.compare.split(",") if folder])
+        if config.json:
+            write_json(config.json, runs)
+        return
     show(config)
     in_range(config, 1, 10**9, "batch_size")
     device = pick_device(config.device)

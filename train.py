@@ -32,6 +32,9 @@ from model import RewardModel, autocast, learning_rate, make_optimizer, pick_dev
 from regularizer import REGULARIZERS
 
 
+SHOWN = ("loss", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "eval_accuracy")     # columns of the printed log
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     dataset: str = "toy"            # a folder under data/, made by its prepare.py
@@ -119,6 +122,8 @@ def train(config):
     save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
                                  tokenizer=tokenizer.to_dict(), model_config=dataclasses.asdict(generator.transformer.config))
     model.train()
+    if first < config.steps:
+        print(" step " + " ".join(f"{key:>6}" for key in SHOWN))
     for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first, disable=None, leave=False):
         rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
         chosen = training_indices(step, len(data.rows), config.batch_size, config.seed)
@@ -146,8 +151,7 @@ def train(config):
                 final = [r[-1] for r in score(model, pair_rows(val.rows), device)]
                 record["eval_accuracy"] = pair_accuracy(final[:len(val.rows)], final[len(val.rows):])["accuracy"]
             run.log(record)
-            tqdm.write("  ".join([f"step {done:5d}"] + [f"{key} {record[key]:.3f}" for key in (
-                "loss", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "eval_accuracy") if key in record]))
+            tqdm.write(f"{done:5d} " + " ".join(f"{record[key]:{max(6, len(key))}.3f}" for key in SHOWN if key in record))
         if saves:
             save(done)
     return model, dataset, data

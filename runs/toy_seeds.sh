@@ -15,5 +15,5 @@ for seed in $seeds; do
   done
 done
 for study in worlds seeds; do
-  python evaluate.py --compare="$(printf "%s\n" out/$study/none-* out/$study/icrm0.1-* out/$study/icrm0.5-* | paste -sd,)"
+  python evaluate.py --compare="$(printf "%s\n" out/$study/none-* out/$study/icrm0.1-* out/$study/icrm0.5-* | paste -sd,)" --json="runs/toy_$study.json"
 done

@@ -109,8 +109,12 @@ def test_compare_pairs_runs_by_seed(inside, capsys, tmp_path):
     for (name, seed), accuracy in values.items():
         (tmp_path / f"{name}{seed}").mkdir()
         (tmp_path / f"{name}{seed}" / "eval.json").write_text(json.dumps(
-            {"settings": {"regularizer": name, "seed": seed, "dataset": "d"}, "splits": {"val": {"accuracy": accuracy}}}))
-    main("--compare=" + ",".join(str(tmp_path / f"{name}{seed}") for name, seed in values))
+            {"settings": {"regularizer": name, "reg_weight": 0.5, "seed": seed, "dataset": "d"}, "splits": {"val": {"accuracy": accuracy}}}))
+    folders = [str(tmp_path / f"{name}{seed}") for name, seed in values]
+    main("--compare=" + ",".join(folders), f"--json={tmp_path / 'runs.json'}")
+    assert [run["seed"] for run in json.loads((tmp_path / "runs.json").read_text())] == [0, 1, 0, 1]
+    with pytest.raises(UserError, match="named before"):
+        main(f"--compare={folders[0]},{folders[0]}")
     printed = capsys.readouterr().out
     half = 12.706 * 0.05     # two differences, 0.1 and 0.2: standard error 0.05
     assert printed.startswith("regularizer ") and f"+0.150 +-{half:.3f}" in printed and "0.600" in printed
