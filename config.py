@@ -117,7 +117,7 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

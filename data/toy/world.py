@@ -115,6 +115,7 @@ class World:
                 merged[total] = merged.get(total, 0.0) + p * q
         return merged
 
+    @lru_cache(maxsize=None)
     def value(self, state):
         """V = P(gold(y) > gold(y')) + 1/2 P(gold(y) = gold(y')), y from state on, y' independent."""
         step = max(state.step, len(OPENING)) + (state.pending is not None)
