@@ -146,4 +146,5 @@ def test_rm_bench_real_file(inside, real_data, tmp_path):
     main("--checkpoint=out/run", f"--data={real_data / 'rmbench_chat.jsonl'}", "--as_dialogue=True",
          f"--json={tmp_path / 'o.json'}")
     found = json.loads((tmp_path / "o.json").read_text())
-    assert set(found["subsets"]) == {"easy", "normal", "hard"} and found["n"] + found["skipped"] >= 100
+    assert found["n"] + found["skipped"] == 9 * 129
+    assert sum(part["n"] for part in found["subsets"].values()) == found["n"] and set(found["subsets"]) <= {"easy", "normal", "hard"}

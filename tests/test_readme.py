@@ -45,7 +45,7 @@ def test_the_two_commands_start_from_nothing():
 
 
 def test_every_setting_named_in_the_readme_exists():
-    known = {"help"}
+    known = {"help", "key"}
     for script in ("train.py", "generator.py", "evaluate.py", "bon.py", "data/prepare.py", "data/toy/prepare.py",
                    "data/hh_rlhf/prepare.py"):
         known |= set(settings_of(script).__dataclass_fields__)
