@@ -26,6 +26,9 @@ To add your own: write such a function and put it into REGULARIZERS.
 import torch
 import torch.nn.functional as F
 
+KAPPA = 512.0       # weight of the gap in icrm_gap_bound and icrm_squared_gap
+TD_LAMBDA = 0.9     # how far td_lambda looks ahead
+
 
 # The derivation ------------------------------------------------------------------------------------
 
@@ -63,6 +66,13 @@ def link_mask(mask):
     return mask[:, :-1] & mask[:, 1:]
 
 
+def gaps(rewards, probs, mask):
+    """|z_t - z_t+1|, p (0 outside the responses) and the mask of every link; (2B, T-1) each."""
+    links = link_mask(mask)
+    z = torch.sigmoid(value_logits(rewards, mask))
+    return (z[:, :-1] - z[:, 1:]).abs(), torch.where(links, probs, 0.0), links
+
+
 # The regularizers ----------------------------------------------------------------------------------
 
 def none(rewards, probs, mask):
@@ -96,24 +106,86 @@ def dense_bt(rewards, probs, mask):
     return masked_mean(-F.logsigmoid(value_logits(rewards, mask)), mask), None
 
 
+def icrm_shuffled(rewards, probs, mask):
+    """Control: `icrm` with p permuted inside each response. The right amounts, on the wrong links."""
+    links = link_mask(mask)
+    place = (links.long().cumsum(1) - 1).clamp(min=0)               # 0, 1, 2, ... along each response's links
+    key = (place * 2654435761 % 2 ** 32 * 40503) % 65521            # one fixed pseudo-random order for each length
+    source = torch.where(links, key, 2 ** 20).argsort(dim=1, stable=True)    # links in random order, then the rest
+    target = (~links).long().argsort(dim=1, stable=True)            # links in their own order, then the rest
+    return icrm(rewards, torch.zeros_like(probs).scatter(1, target, probs.gather(1, source)), mask)
+
+
 def squared_gap(rewards, probs, mask):
     """The obvious two-sided consistency: p_t (z_t - z_t+1)^2."""
-    links = link_mask(mask)
-    z = torch.sigmoid(value_logits(rewards, mask))
-    p = torch.where(links, probs, 0.0)
-    return masked_mean(p * (z[:, :-1] - z[:, 1:]) ** 2, links), None
+    gap, p, links = gaps(rewards, probs, mask)
+    return masked_mean(p * gap ** 2, links), None
+
+
+def gap_bound_excess(rewards, probs, mask):
+    """What the derivation really implies (`gap_bound`): relu(|z_t - z_t+1| - (1 - p_t))^2."""
+    gap, p, links = gaps(rewards, probs, mask)
+    return masked_mean(F.relu(gap - gap_bound(p)) ** 2, links), None
+
+
+def icrm_gap_bound(rewards, probs, mask):
+    """Ours: the paper's term and the bound that its derivation gives: 2 p_t l_t + KAPPA relu(|z_t - z_t+1| - (1 - p_t))^2."""
+    penalty, scale = icrm(rewards, probs, mask)
+    return penalty + KAPPA * gap_bound_excess(rewards, probs, mask)[0], scale
+
+
+def icrm_squared_gap(rewards, probs, mask):
+    """Ours: the same idea, smooth: 2 p_t l_t + KAPPA p_t (z_t - z_t+1)^2."""
+    penalty, scale = icrm(rewards, probs, mask)
+    return penalty + KAPPA * squared_gap(rewards, probs, mask)[0], scale
+
+
+def tcrm_smooth(rewards, probs, mask):
+    """Temporal-difference term of TCRM (arXiv 2604.22981; weight 0.1 there): (r_t - sg[r_t+1])^2."""
+    rewards = torch.where(mask, rewards, 0.0)
+    return masked_mean((rewards[:, :-1] - rewards[:, 1:].detach()) ** 2, link_mask(mask)), None
+
+
+def tcrm_lookahead(rewards, probs, mask):
+    """Monte-Carlo term of TCRM (weight 0.01 there): (r_t - sg[r_last])^2 at every token before the last."""
+    rewards = torch.where(mask, rewards, 0.0)
+    ends = mask & ~F.pad(mask[:, 1:], (0, 1))                       # each response's last token
+    last = torch.where(ends, rewards, 0.0).sum(1, keepdim=True)     # (2B, 1)
+    return masked_mean((rewards - last.detach()) ** 2, mask & ~ends), None
+
+
+def td_lambda(rewards, probs, mask):
+    """TC-lambda (arXiv 2505.16548): cross-entropy of z_t to a lambda-mixture of the values behind it.
+
+    G_last = 1, the label;  G_t = (1 - lambda) z_t+1 + lambda G_t+1;  -{ sg[G_t] log z_t + (1 - sg[G_t]) log(1 - z_t) }.
+    """
+    logits = value_logits(rewards, mask)
+    z, target, targets = torch.sigmoid(logits).detach(), torch.ones_like(rewards[:, 0]), []
+    for t in reversed(range(rewards.size(1))):
+        targets.insert(0, target)       # G_t: 1 at the last token, and after it
+        before = (1 - TD_LAMBDA) * z[:, t] + TD_LAMBDA * target
+        target = torch.where(mask[:, t], before, 1.0)
+    loss = F.binary_cross_entropy_with_logits(logits, torch.stack(targets, 1), reduction="none")
+    return masked_mean(loss, mask), None
 
 
 REGULARIZERS = {
     "none": none,
     "icrm": icrm,
     "icrm_uniform": icrm_uniform,
+    "icrm_shuffled": icrm_shuffled,
     "dense_bt": dense_bt,
     "squared_gap": squared_gap,
+    "gap_bound": gap_bound_excess,
+    "icrm_gap_bound": icrm_gap_bound,
+    "icrm_squared_gap": icrm_squared_gap,
+    "tcrm_smooth": tcrm_smooth,
+    "tcrm_lookahead": tcrm_lookahead,
+    "td_lambda": td_lambda,
 }
 
 
-# Two demonstrations --------------------------------------------------------------------------------
+# Demonstrations --------------------------------------------------------------------------------
 
 def enumerated_world(depth=5, vocabulary=3, seed=0):
     """A random world small enough to write down: at each depth m, the probabilities of the next token
@@ -157,6 +229,26 @@ def show_response():
               f"{penalty:8.4f}   {held}")
 
 
+def link_gradient(name, z, z_next, p=0.9):
+    """d penalty / d r_t and d penalty / d r_t+1 on one link of a chosen response between values z and z_next."""
+    rewards = torch.zeros(2, 2, dtype=torch.double)
+    rewards[0] = torch.logit(torch.tensor([z, z_next]))     # the opposing response's rewards are 0
+    mask = torch.tensor([[True, True], [False, True]])      # it has no link
+    penalty, _ = REGULARIZERS[name](rewards.requires_grad_(), torch.full((2, 1), p, dtype=torch.double), mask)
+    return torch.autograd.grad(penalty, rewards)[0][0].tolist()
+
+
+def show_one_sidedness():
+    values = (0.1, 0.3, 0.5, 0.7, 0.9)
+    print("\n3. The gradient on r_t of a chosen link with p = 0.9, by its two values. Consistency is 0 where they")
+    print("   agree and changes sign there; `icrm` is negative everywhere: it pushes chosen prefixes up.")
+    for name in ("icrm", "squared_gap", "gap_bound"):
+        print(f"\n   {name:12s} z_t+1 =" + "".join(f"{after:8.1f}" for after in values))
+        for z in values:
+            print(f"   z_t = {z:.1f}           " + "".join(f"{link_gradient(name, z, after)[0]:8.3f}" for after in values))
+
+
 if __name__ == "__main__":
     show_derivation()
     show_response()
+    show_one_sidedness()

@@ -89,4 +89,4 @@ def test_the_regularizer_of_the_readme_works_as_it_stands():
     penalty, scale = namespace["stay_close"](rewards, torch.full((4, 6), 0.99), mask)
     penalty.backward()
     assert penalty > 0 and scale is None and rewards.grad.abs().sum() > 0
-    assert namespace["stay_close"](rewards, torch.zeros(4, 6), mask)[0] == 0     # a bound of 1 forbids nothing
+    assert namespace["stay_close"](rewards, torch.zeros(4, 6), mask)[0] == 0     # surprising tokens are free

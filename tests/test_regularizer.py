@@ -4,10 +4,12 @@ import math
 import pytest
 import torch
 
-from regularizer import (REGULARIZERS, enumerated_world, gap_bound, icrm, link_mask, masked_mean, total_probability,
+from regularizer import (REGULARIZERS, enumerated_world, gap_bound, icrm, link_gradient, link_mask,
+                         masked_mean, total_probability,
                          value_logits)
 
 NAMES = sorted(REGULARIZERS)
+PER_TOKEN = ("dense_bt", "td_lambda")   # means over tokens; the others are means over links
 
 
 def random_batch(B=3, T=11, seed=0, dtype=torch.float64):
@@ -67,6 +69,85 @@ def test_dense_bt_and_squared_gap_equal_loops():
     gaps = [float(probs[row, t]) * (z[row, t] - z[row, t + 1]) ** 2 for row, t in z if (row, t + 1) in z]
     assert REGULARIZERS["dense_bt"](rewards, probs, mask)[0].item() == pytest.approx(sum(dense) / len(dense), rel=1e-12)
     assert REGULARIZERS["squared_gap"](rewards, probs, mask)[0].item() == pytest.approx(sum(gaps) / len(gaps), rel=1e-12)
+
+
+def each_link(rewards, probs, mask):
+    """(row, t, z_t, z_t+1, p) of every link, z by loops."""
+    z = slow_values(rewards, mask)
+    return [(row, t, z[row, t], z[row, t + 1], float(probs[row, t])) for row, t in z if (row, t + 1) in z]
+
+
+def test_the_gap_bound_penalty_equals_a_loop():
+    rewards, probs, mask = random_batch()
+    links = each_link(rewards, probs, mask)
+    expected = sum(max(abs(a - b) - (1 - p), 0) ** 2 for _, _, a, b, p in links) / len(links)
+    assert expected > 0
+    assert REGULARIZERS["gap_bound"](rewards, probs, mask)[0].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_combined_terms_are_sums():
+    rewards, probs, mask = random_batch()
+    paper, scale = icrm(rewards, probs, mask)
+    for name in ("gap_bound", "squared_gap"):
+        found, found_scale = REGULARIZERS["icrm_" + name](rewards, probs, mask)
+        assert found.item() == pytest.approx((paper + 512 * REGULARIZERS[name](rewards, probs, mask)[0]).item(), rel=1e-12)
+        assert found_scale == scale
+
+
+def test_shuffling_keeps_each_responses_probabilities_and_moves_them():
+    """With p shuffled, the scale of constant values is that of `icrm`; with varying values the penalty is not."""
+    rewards, probs, mask = random_batch(B=2, T=40)
+    mask[:] = True
+    mask[1, 30:] = False
+    shuffle = REGULARIZERS["icrm_shuffled"]
+    flat = torch.zeros_like(rewards)
+    for row in range(4):    # one response's links at a time: the multiset of p within it is unchanged
+        alone = mask.clone()
+        alone[torch.arange(4) != row] = False
+        assert shuffle(flat, probs, alone)[1].item() == pytest.approx(icrm(flat, probs, alone)[1].item(), rel=1e-12)
+    assert shuffle(rewards, probs, mask)[0] != icrm(rewards, probs, mask)[0]
+    assert shuffle(rewards, probs, mask)[0] == shuffle(rewards, probs, mask)[0]
+    moved = sum(shuffle(rewards, only_link(probs, t), mask)[0] != icrm(rewards, only_link(probs, t), mask)[0] for t in range(39))
+    assert moved > 30       # nearly every link's p goes to another link
+
+
+def only_link(probs, t):
+    """p = 1 at link t alone."""
+    one = torch.zeros_like(probs)
+    one[:, t] = 1
+    return one
+
+
+def test_the_td_rivals_equal_loops():
+    rewards, probs, mask = random_batch()
+    z, links = slow_values(rewards, mask), each_link(rewards, probs, mask)
+    smooth = sum(float(rewards[row, t] - rewards[row, t + 1]) ** 2 for row, t, *_ in links) / len(links)
+    last = {row: max(t for r, t in z if r == row) for row, _ in z}
+    ahead = sum(float(rewards[row, t] - rewards[row, last[row]]) ** 2 for row, t in z if t < last[row]) / len(links)
+    assert REGULARIZERS["tcrm_smooth"](rewards, probs, mask)[0].item() == pytest.approx(smooth, rel=1e-12)
+    assert REGULARIZERS["tcrm_lookahead"](rewards, probs, mask)[0].item() == pytest.approx(ahead, rel=1e-12)
+    total = 0.0
+    for row, t in z:
+        # the lambda-return written as a sum of n-step values, the label being the last one
+        steps = last[row] - t
+        target = sum(0.1 * 0.9 ** (n - 1) * z[row, t + n] for n in range(1, steps + 1)) + 0.9 ** steps
+        total -= target * math.log(z[row, t]) + (1 - target) * math.log(1 - z[row, t])
+    assert REGULARIZERS["td_lambda"](rewards, probs, mask)[0].item() == pytest.approx(total / len(z), rel=1e-12)
+
+
+def test_the_td_targets_carry_no_gradient():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for name, expected in (("tcrm_smooth", [2 * (1 - 4) / 4, 2 * (4 - 2) / 4, 0]), ("tcrm_lookahead", [2 * (1 - 2) / 4, 2 * (4 - 2) / 4, 0])):
+        rewards = torch.tensor([[1.0, 4.0, 2.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        REGULARIZERS[name](rewards, torch.ones(2, 2), mask)[0].backward()
+        assert rewards.grad[0].tolist() == pytest.approx(expected)
+
+
+def test_two_sided_terms_are_zero_at_equal_values_and_icrm_is_not():
+    for name in ("squared_gap", "gap_bound"):
+        assert link_gradient(name, 0.4, 0.4)[0] == pytest.approx(0, abs=1e-12)
+        assert link_gradient(name, 0.3, 0.8)[0] < 0 < link_gradient(name, 0.8, 0.3)[0]
+    assert link_gradient("icrm", 0.8, 0.3)[0] == pytest.approx(2 * 0.9 * -0.5 * 0.3 * 0.2)
 
 
 def test_icrm_gradient_stops_where_the_paper_stops_it():
@@ -137,7 +218,7 @@ class TestEveryRegularizer:
         """The sum over links of two pairs is the sum of each pair's: no value depends on another pair."""
         rewards, probs, mask = random_batch(B=2)
         one, two = torch.tensor([0, 2]), torch.tensor([1, 3])
-        count = (lambda m: m.sum()) if name == "dense_bt" else (lambda m: link_mask(m).sum())
+        count = (lambda m: m.sum()) if name in PER_TOKEN else (lambda m: link_mask(m).sum())
         parts = sum(REGULARIZERS[name](rewards[i], probs[i], mask[i])[0] * count(mask[i]) for i in (one, two))
         whole = REGULARIZERS[name](rewards, probs, mask)[0] * count(mask)
         assert whole.item() == pytest.approx(parts.item(), rel=1e-12)
@@ -155,7 +236,7 @@ class TestEveryRegularizer:
         mask = torch.zeros(2, 8, dtype=torch.bool)
         mask[:, 2] = True
         penalty, _ = REGULARIZERS[name](rewards, probs, mask)
-        assert torch.isfinite(penalty) and (name == "dense_bt" or penalty == 0)
+        assert torch.isfinite(penalty) and (name in PER_TOKEN or penalty == 0)
 
 
 def test_the_gap_bound_holds_exactly_in_the_enumerated_world():
