@@ -138,7 +138,7 @@ def load_checkpoint(path, kind, device="cpu"):
 def check_finite(step, *values):
     """Stop the run where a loss or a gradient is not a number; the checkpoint before it stays."""
     if not all(map(math.isfinite, values)):
-        raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint is kept. "
+        raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint, if any, is kept. "
                         "Try a smaller --learning_rate, or --dtype=float32")
 
 
@@ -182,8 +182,9 @@ class Run:
         self.inputs = inputs
         for name, value in inputs.items():
             if self.checkpoint and self.checkpoint["inputs"][name] != value:
-                raise UserError(f"{self.folder} holds a run with another {name}: it was made again since. "
-                                "Choose another folder, or start over with --overwrite=True")
+                script = {"generator": "generator.py", "reward model": "train.py"}[self.kind]
+                raise UserError(f"the {self.kind} in {self.folder} was trained with another {name} than there is now; "
+                                f"start it over with python {script} and --overwrite=True, or choose another folder")
 
     def restore(self, model, optimizer):
         """Load the checkpoint, if any, into model and optimizer (or clear the folder); returns the next step's number."""

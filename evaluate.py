@@ -135,11 +135,16 @@ def compare_with_truth(world, rows, rewards, tokenizer):
             "credit_leak": float(np.mean(steps["remark"]) / np.mean(steps["evidence"]))}
 
 
-def evaluate_dataset(model, dataset, device, strict=False, batch_size=64):
-    """{split: metrics} for every split of a Dataset but `train`."""
+def load_splits(dataset, block_size, strict=False):
+    """{split: PairData} for every split of a Dataset but `train`."""
+    return {split: load_pairs(dataset.path(split), dataset.tokenizer, block_size, strict)
+            for split in (SPLITS if dataset.kind == "toy" else ["val"])}
+
+
+def evaluate_splits(model, dataset, splits, device, batch_size=64):
+    """What load_splits returned -> {split: metrics}."""
     results = {}
-    for split in list(SPLITS) if dataset.kind == "toy" else ["val"]:
-        data = load_pairs(dataset.path(split), dataset.tokenizer, model.transformer.config.block_size, strict)
+    for split, data in splits.items():
         results[split], rewards = evaluate_pairs(model, data, device, batch_size)
         if dataset.kind == "toy":
             results[split] |= compare_with_truth(SPLITS[split], pair_rows(data.rows), rewards, dataset.tokenizer)
@@ -255,7 +260,8 @@ def main(config):
         dataset = open_dataset(checkpoint["settings"]["dataset"])
         if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{dataset.folder} was prepared again with another vocabulary than the checkpoint's")
-        splits = evaluate_dataset(model, dataset, device, config.strict, config.batch_size)
+        splits = load_splits(dataset, model.transformer.config.block_size, config.strict)
+        splits = evaluate_splits(model, dataset, splits, device, config.batch_size)
         print_table(splits)
         results = {"splits": splits}
     if config.json:

@@ -218,7 +218,8 @@ def show_response():
     mask = torch.ones_like(rewards, dtype=torch.bool)
     z = torch.sigmoid(value_logits(rewards, mask))[0]
     print("\n2. A chosen response under `icrm`: the penalty of a link is 2 p l. A predictable step (p near 1)")
-    print("   ties its two values together; a surprising one (p near 0) may change the value for nothing.\n")
+    print("   counts in full, a surprising one (p near 0) for nothing. The penalty alone does not show a gap: with")
+    print("   both values at z it is -2 p z log z. What it does is in its gradient (3.).\n")
     print("   token t    -> token t+1       p     z_t   z_t+1   penalty   gap bound")
     for t in range(len(words) - 1):
         link = torch.zeros_like(mask)

@@ -1,6 +1,6 @@
 """Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096, section 4).
 
-    python train.py                                     the toy world, from nothing, about a minute on a laptop
+    python train.py                                     the toy world, from nothing, half a minute on a laptop
     python train.py --regularizer=none                  the baseline: the same without the regularizer
     python train.py --dataset=hh_rlhf --n_layer=4 ...   real pairs, prepared by data/hh_rlhf/prepare.py
 
@@ -26,7 +26,7 @@ from data.batches import collate, load_pairs, pair_rows, training_indices
 from data.prepare import dataset_folder, open_dataset
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
-from evaluate import evaluate_dataset, pair_accuracy, print_table, score
+from evaluate import evaluate_pairs, evaluate_splits, load_splits, print_table
 from generator import GeneratorConfig, length_normalised_nll, stored_probs, train_generator
 from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, token_logprobs, update
 from regularizer import REGULARIZERS
@@ -105,7 +105,7 @@ def train(config):
     tokenizer = dataset.tokenizer
     run = Run(config.out_dir, "reward model", config, config.overwrite)
     data = load_pairs(dataset.path("train"), tokenizer, config.block_size, config.strict)
-    val = load_pairs(dataset.path("val"), tokenizer, config.block_size, config.strict)
+    splits = load_splits(dataset, config.block_size, config.strict)
     generator = obtain_generator(config)
     run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint, generator=fingerprint(generator.state_dict()))
     rows = pair_rows(data.rows)
@@ -148,13 +148,12 @@ def train(config):
                       "grad_norm": grad_norm.item(), "learning_rate": rate, "S": S.item()}
             check_finite(done, record["loss"], record["grad_norm"])
             if evaluates:
-                final = [r[-1] for r in score(model, pair_rows(val.rows), device)]
-                record["eval_accuracy"] = pair_accuracy(final[:len(val.rows)], final[len(val.rows):])["accuracy"]
+                record["eval_accuracy"] = evaluate_pairs(model, splits["val"], device)[0]["accuracy"]
             run.log(record)
             tqdm.write(f"{done:5d} " + " ".join(f"{record[key]:{max(6, len(key))}.3f}" for key in SHOWN if key in record))
         if saves:
             save(done)
-    return model, dataset, data
+    return model, dataset, data, splits
 
 
 def main(config):
@@ -170,9 +169,9 @@ def main(config):
     if config.dataset == "toy" and not (dataset_folder("toy") / "dataset.json").exists():
         prepare_toy(ToyConfig())
     started = time.time()
-    model, dataset, data = train(config)
+    model, dataset, data, splits = train(config)
     print(f"trained in {time.time() - started:.0f} s; evaluating")
-    results = evaluate_dataset(model, dataset, pick_device(config.device), config.strict)
+    results = evaluate_splits(model, dataset, splits, pick_device(config.device))
     write_json(Path(config.out_dir) / "eval.json", {"settings": dataclasses.asdict(config), "splits": results,
                                                     "train": {"n": len(data.pairs), "skipped": data.skipped}})
     print_table(results)

@@ -200,7 +200,7 @@ def checked(prompt, chosen, rejected, id, subset):
 
 def check_text(name, text):
     if not isinstance(text, str):
-        raise BadRow(f"{name} is missing" if text is None else f"{name} is a {type(text).__name__}, not text")
+        raise BadRow(f"{name} is missing" if text is None else f"{name} is not text but {type(text).__name__}")
     if not text.strip():
         raise BadRow(f"{name} is empty")
 

@@ -110,7 +110,10 @@ def prepare_pairs(name, path, pairs, config):
 def main(config):
     show(config)
     in_range(config, 0, 1, "val_share")
-    dataset_folder(config.name)
+    if (dataset_folder(config.name) / "prepare.py").exists():
+        raise UserError(f"{config.name!r} is made by its own data/{config.name}/prepare.py; choose another --name")
+    if not config.input:
+        raise UserError("name a JSONL file of pairs with --input=FILE")
     pairs, _ = read_pairs(config.input, config.strict, config.as_dialogue)
     prepare_pairs(config.name, config.input, pairs, config)
 

@@ -25,17 +25,17 @@ def bpe():
 
 
 @pytest.mark.parametrize("row, reason", [
-    ({"chosen": "a", "rejected": 3}, "rejected is a int"),
-    ({"prompt": "Q", "chosen": True, "rejected": "b"}, "chosen is a bool"),
+    ({"chosen": "a", "rejected": 3}, "rejected is not text but int"),
+    ({"prompt": "Q", "chosen": True, "rejected": "b"}, "chosen is not text but bool"),
     ({"prompt": "Q", "rejected": "b"}, "no 'chosen'"),
     ({"prompt": "Q", "chosen": "a"}, "no 'rejected'"),
     ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
     ({"prompt": "Q", "chosen": "\n", "rejected": "b"}, "chosen is empty"),
     ({"prompt": "Q", "chosen": "a", "rejected": "a"}, "the same"),
     ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is missing"),
-    ({"prompt": 7, "chosen": "a", "rejected": "b"}, "prompt is a int"),
+    ({"prompt": 7, "chosen": "a", "rejected": "b"}, "prompt is not text but int"),
     ({"prompt": "Q", "chosen": ["a", "b"], "rejected": ["c"]}, "2 chosen and 1 rejected"),
-    ({"prompt": "Q", "chosen": [], "rejected": []}, "chosen is a list"),
+    ({"prompt": "Q", "chosen": [], "rejected": []}, "chosen is not text but list"),
     ({"chosen": "entirely", "rejected": "different"}, "prompt is empty"),
     ({"prompt": [{"role": "alien", "content": "x"}], "chosen": "a", "rejected": "b"}, "known 'role'"),
     ({"prompt": [{"role": [], "content": "x"}], "chosen": "a", "rejected": "b"}, "known 'role'"),
@@ -221,6 +221,13 @@ def test_any_jsonl_becomes_a_dataset_with_no_prompt_in_both_parts(tmp_path, monk
     prompts = {split: {pair.prompt for pair in read_pairs(dataset.path(split))[0]} for split in ("train", "val")}
     assert dataset.kind == "pairs" and prompts["train"] and prompts["val"] and not prompts["train"] & prompts["val"]
     assert not list(folder.glob(".prepare*")) and not list(folder.glob(".dataset*"))
+
+
+def test_the_name_of_a_dataset_with_its_own_prepare_py_is_refused(tmp_path):
+    with pytest.raises(UserError, match="data/toy/prepare.py"):
+        data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=toy", "--input=x"]))
+    with pytest.raises(UserError, match="--input=FILE"):
+        data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=mine"]))
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden"])

@@ -155,6 +155,12 @@ def test_a_finished_run_is_shown_again_and_another_setting_is_refused_by_name(in
     assert load_checkpoint("out/again", "reward model")["settings"]["seed"] == 2
 
 
+def test_a_context_too_short_for_a_split_is_refused_before_training(inside):
+    with pytest.raises(UserError, match="longer.jsonl: no pair fits"):
+        run("out/short", block_size=60, generator="out/short-generator")
+    assert not (inside / "out/short").exists() and not (inside / "out/short-generator").exists()
+
+
 def test_a_generator_of_another_size_is_refused(inside):
     with pytest.raises(UserError, match="--n_embd=32, not 16"):
         run("out/other", n_embd=16)
@@ -186,7 +192,7 @@ def test_a_dataset_made_again_is_noticed(tmp_path, monkeypatch):
     prepare_toy(ToyConfig(train=60, test=20))
     run("out/first")
     prepare_toy(ToyConfig(train=60, test=20, seed=1))
-    with pytest.raises(UserError, match="out/toy-generator holds a run with another data"):
+    with pytest.raises(UserError, match="generator in out/toy-generator was trained with another data .*python generator.py"):
         run("out/first")
     with pytest.raises(UserError, match="--generator=out/toy-generator, not out/other"):
         run("out/first", generator="out/other")

@@ -7,7 +7,7 @@
 A response is four opening words and then clauses. A clause is *evidence* (one of 60 phrases,
 30 good and 30 bad, decided by the first word) with a *remark* behind it, or neutral *filler*.
 In the training distribution a piece of evidence is followed by its own usual remark 98% of the
-time: a perfectly predictable, perfectly spurious companion, which a reward model may read
+time: a predictable and spurious companion, which a reward model may read
 instead of the evidence. In the shifted worlds the remark is drawn at random, or from the
 evidence of the opposite quality. gold(response) = #good - #bad.
 
