@@ -6,7 +6,7 @@
 
 Prepares the toy world and trains the generator where they are absent, then trains the reward model from
 the generator's weights, evaluates it on the dataset's splits and prints one table. Out comes
-OUT_DIR/ckpt.pt, log.jsonl and eval.json. The same command continues a killed run to the same bits.
+OUT_DIR/ckpt.pt, log.jsonl and eval.json. The same command continues a killed run (on a CPU to the same bits).
 
 Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is lambda = 0,
 plain Bradley-Terry is that with --lm_weight=0. Left out: more than one device.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The table "What the regularizer buys" of the README: icrm against none on the toy world.
 # worlds: ten draws of the world, each with its own data, generator and seed. seeds: one draw, ten training seeds.
-# From the repository's root: bash runs/toy_seeds.sh [seeds to run]. About 20 minutes on two CPU cores; runs that are finished are only evaluated.
+# From the repository's root: bash runs/toy_seeds.sh [seeds to run].
+# 60 runs of about 15 s on two CPU cores and eleven generators of about 20 s; finished runs are only evaluated.
 set -euo pipefail
 seeds=${1:-0 1 2 3 4 5 6 7 8 9}
 run() { # name, regularizer, reg_weight, then the dataset and the seed
