@@ -167,8 +167,8 @@ class Run:
     """
     FREE = ("out_dir", "overwrite", "device", "json", "judge", "answers")  # may differ between a run and its continuation
 
-    def __init__(self, folder, kind, config, overwrite=False):
-        self.folder, self.kind = Path(folder), kind
+    def __init__(self, folder, kind, config, overwrite=False, writes=True):
+        self.folder, self.kind, self.writes = Path(folder), kind, writes     # of several processes one writes
         self.settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in self.FREE}
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file, not a folder for a run")
@@ -193,13 +193,15 @@ class Run:
     def restore(self, model, optimizer):
         """Load the checkpoint, if any, into model and optimizer (or clear the folder); returns the next step's number."""
         step = 0
-        if self.checkpoint is None:
-            for name in ("ckpt.pt", "eval.json", "results.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        else:
+        if self.checkpoint is not None:
             model.load_state_dict(self.checkpoint["model"])
             optimizer.load_state_dict(self.checkpoint["optimizer"])
             step = self.checkpoint["step"]
+        if not self.writes:
+            return step
+        for name in ("ckpt.pt", "eval.json", "results.json"):
+            if step == 0:
+                (self.folder / name).unlink(missing_ok=True)
         log = self.folder / "log.jsonl"
         if log.exists():  # what was logged after the checkpoint will be logged again
             kept = []
@@ -212,12 +214,14 @@ class Run:
 
     def log(self, record):
         """Append one line to log.jsonl."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def save(self, step, model, optimizer, **more):
         """Write ckpt.pt: step updates are done."""
         checkpoint = dict(kind=self.kind, settings=self.settings, inputs=self.inputs, step=step,
                           model=model.state_dict(), optimizer=optimizer.state_dict(), **more)
-        write_atomically(self.folder / "ckpt.pt", lambda temporary: torch.save(checkpoint, temporary))
+        if self.writes:
+            write_atomically(self.folder / "ckpt.pt", lambda temporary: torch.save(checkpoint, temporary))

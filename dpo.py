@@ -21,7 +21,7 @@ from tqdm import tqdm
 from compare import mean_and_half_width, print_lines
 from config import (Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_atomically, write_json)
-from data.batches import Row, collate, pair_rows, training_indices
+from data.batches import Row, pack, pair_rows, training_indices
 from data.pairs import read_labelled, read_pairs
 from data.prepare import open_dataset
 from data.toy.world import gold
@@ -169,12 +169,14 @@ def train_policy(config, reference, tokenizer, rows, logprobs, run, device):
         rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
         numbers = training_indices(step, B, config.batch_size, config.seed)
         numbers += [B + i for i in numbers]
-        batch = collate([rows[i] for i in numbers]).to(device)
+        packed = pack([rows[i] for i in numbers]).to(device)
         with autocast(device, config.dtype):
-            ours = policy(batch.tokens, batch.mask).sum(1)                              # (2b,)
+            ours = policy(packed)                                                       # (M,)
+        ours = torch.zeros(len(numbers), device=device).index_add(0, packed.owners, ours)      # (2b,), summed over responses
         chosen, rejected = (ours - logprobs[numbers].to(device)).chunk(2)               # (b,) each
         loss = loss_of(chosen - rejected, config.beta)
-        grad_norm = update(policy, optimizer, loss, rate, config.clip)
+        loss.backward()
+        grad_norm = update(policy, optimizer, rate, config.clip)
         done = step + 1
         if done % config.log_interval == 0 or done % config.save_interval == 0 or done == config.steps:
             record = {"step": done, "loss": loss.item(), "accuracy": (chosen > rejected).float().mean().item(),

@@ -26,7 +26,7 @@ from benchmarks import best_threshold, first_error_scores, reliability, rewardbe
 from compare import compare_examples, compare_runs, print_lines
 from config import UserError, fingerprint, in_range, load_checkpoint, run_script, show, write_atomically, write_json
 from data import tokenizer as tokenizers
-from data.batches import (PairData, collate, fit_row, in_length_order, load_contrasts, load_pairs, load_responses, pair_rows,
+from data.batches import (PairData, fit_row, in_length_order, load_contrasts, load_pairs, load_responses, pack, pair_rows,
                           print_left_out)
 from data.pairs import TURN, read_steps
 from data.prepare import open_dataset
@@ -76,8 +76,7 @@ def score(model, rows, device, batch_size=64, name="response {}".format):
     distinct = list(index.values())
     found = {}
     for indices in in_length_order(distinct, batch_size):
-        batch = collate([distinct[i] for i in indices]).to(device)
-        rewards = model(batch.tokens)[0].cpu().numpy()
+        rewards = model(pack([distinct[i] for i in indices], likelihoods=0).to(device)).cpu().numpy()
         for i, row_rewards in zip(indices, rewards):
             row = distinct[i]
             found[row.prompt.tobytes(), row.response.tobytes()] = row_rewards[len(row.prompt):len(row)]

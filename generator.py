@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config import (Run, UserError, check_finite, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_atomically)
 from data import tokenizer as tokenizers
-from data.batches import collate, in_length_order, load_responses, training_indices
+from data.batches import in_length_order, load_responses, pack, training_indices
 from data.prepare import open_dataset
 from model import (KVCache, LanguageModel, ModelConfig, autocast, learning_rate, make_optimizer, pick_device, update)
 
@@ -47,9 +47,9 @@ class GeneratorConfig:
     overwrite: bool = False         # start over where out_dir holds another run
 
 
-def length_normalised_nll(logprobs, mask):
-    """mean over responses of  -1/|y| sum_t log P(y_t | x, y_<t);  (rows, T-1), (rows, T) -> ()."""
-    return -(logprobs.sum(1) / mask.sum(1)).mean()
+def length_normalised_nll(logprobs, packed, responses):
+    """-1/|y| sum_t log P(y_t | x, y_<t), summed over the responses of a Packed batch and divided by `responses`; (M,) -> ()."""
+    return -(logprobs / packed.lengths[packed.owners]).sum() / responses
 
 
 def train_generator(config):
@@ -73,10 +73,11 @@ def train_generator(config):
         for step in tqdm(range(first, config.steps), "generator", config.steps, initial=first, disable=None, leave=False):
             rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
             numbers, _ = data.batch_rows(training_indices(step, len(data), config.batch_size, config.seed))
-            batch = collate([data.rows[i] for i in numbers]).to(device)
+            packed = pack([data.rows[i] for i in numbers]).to(device)
             with autocast(device, config.dtype):
-                loss = length_normalised_nll(model(batch.tokens, batch.mask), batch.mask)
-            grad_norm = update(model, optimizer, loss, rate, config.clip)
+                loss = length_normalised_nll(model(packed), packed, len(numbers))
+            loss.backward()
+            grad_norm = update(model, optimizer, rate, config.clip)
             done = step + 1
             if done % config.log_interval == 0 or done % config.save_interval == 0 or done == config.steps:
                 record = {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
@@ -112,17 +113,17 @@ def response_logprobs(model, rows, temperature=1.0, top_p=1.0, batch_size=64):
     device = model.lm_head.weight.device
     found = [None] * len(rows)
     for indices in in_length_order(rows, batch_size):
-        batch = collate([rows[i] for i in indices]).to(device)
+        packed = pack([rows[i] for i in indices]).to(device)
         if temperature == top_p == 1:
-            logprobs = model(batch.tokens, batch.mask).cpu()        # (rows, T-1)
+            logprobs = model(packed)                                            # (M,)
         else:
-            hidden = model.transformer(batch.tokens)                # (rows, T, C)
-            logprobs = torch.stack([
-                sampling_probs(model.lm_head(h), temperature, top_p).gather(1, after[:, None]).squeeze(1).log()
-                for h, after in zip(hidden[:, :-1], batch.tokens[:, 1:])]).cpu()    # one row's logits at a time
-        for i, row_logprobs in zip(indices, logprobs):
-            start, end = len(rows[i].prompt), len(rows[i])
-            found[i] = row_logprobs[start - 1:end - 1].numpy().copy()
+            hidden = model.transformer(packed.tokens, packed=packed)            # (N, C)
+            logprobs = torch.cat([
+                sampling_probs(model.lm_head(hidden[sources]), temperature, top_p).gather(1, targets[:, None]).squeeze(1).log()
+                for sources, targets in zip(packed.sources.split(512), packed.targets.split(512))])
+        ends = np.cumsum([len(rows[i].response) for i in indices])
+        for i, row_logprobs in zip(indices, np.split(logprobs.cpu().numpy(), ends[:-1])):
+            found[i] = row_logprobs.copy()
     return found
 
 

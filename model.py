@@ -5,8 +5,9 @@ weights map by name. `LanguageModel` is the generator: trunk and tied LM head. `
 trunk, a linear head that reads a reward at every prefix, and an untied LM head for the language-model
 term of the objective (GRM, Yang et al., arXiv 2406.10216).
 
-Left out: dropout, and any attention mask but the causal one (rows are padded on the right, where
-no real token looks).
+A batch is read packed (data/batches.py): every distinct prompt once, no padding, and only attention
+sees rows. Left out: dropout, and any attention mask but the causal one (rows are padded on the right,
+where no real token looks).
 """
 import math
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError, choose
 
-CHUNK = 4096    # positions whose logits are in memory at once
+LOGITS = 2 ** 26    # logits in memory at once, a quarter of a GiB in fp32
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,25 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None):
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)      # (B, n_head, T, head size)
-                   for part in self.c_attn(x).split(C, dim=2))
+    def forward(self, x, cache=None, packed=None):
+        """x (rows, T, C) -> the same; or of a Packed batch, (N, C) -> the same."""
+        qkv = self.c_attn(x)                                                    # (rows, T, 3C) or (N, 3C)
+        if packed is None:
+            return self.c_proj(self.attend(qkv, cache))
+        dealt = [self.attend(F.embedding(cells, qkv)).flatten(0, 1) for cells in packed.groups]
+        return self.c_proj(F.embedding(packed.places, torch.cat(dealt)))        # (N, C)
+
+    def attend(self, qkv, cache=None):
+        """Every token looks at itself and at what stands before it in its row.  (rows, T, 3C) -> (rows, T, C)"""
+        rows, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        q, k, v = (part.view(rows, T, self.n_head, -1).transpose(1, 2)          # (rows, n_head, T, head size)
+                   for part in qkv.split(C, dim=2))
         if cache is not None:
             assert T == 1 or cache.length == 0, "several tokens are read into an empty cache only"
             k, v = cache.append(self.layer, k, v)
         # One new token sees everything before it; several are a prompt, read into an empty cache.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))           # (B, T, C)
+        return y.transpose(1, 2).reshape(rows, T, C)
 
 
 class MLP(nn.Module):
@@ -91,13 +101,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, packed=None):
+        x = x + self.attn(self.ln_1(x), cache, packed)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """The trunk: tokens (B, T) -> hidden states (B, T, C), after the last layer norm."""
+    """The trunk: tokens (rows, T) -> hidden states (rows, T, C), after the last layer norm.
+
+    With packed, a Packed batch, its tokens (N,) -> (N, C).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -112,11 +125,12 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens, cache=None):
+    def forward(self, tokens, cache=None, packed=None):
         start = cache.length if cache is not None else 0
-        x = self.wte(tokens) + self.wpe.weight[start:start + tokens.size(1)]    # (B, T, C)
+        where = self.wpe.weight[start:start + tokens.size(1)] if packed is None else self.wpe(packed.positions)
+        x = self.wte(tokens) + where                                            # (rows, T, C) or (N, C)
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, cache, packed)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.ln_f(x)
@@ -131,9 +145,9 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, tokens, mask):
-        """tokens, mask (rows, T) -> log-probability of each response token, (rows, T-1)."""
-        return token_logprobs(self.transformer(tokens), self.lm_head, tokens, mask)
+    def forward(self, packed):
+        """A Packed batch -> log-probability of each of its M response tokens, (M,)."""
+        return token_logprobs(self.transformer(packed.tokens, packed=packed), self.lm_head, packed)
 
 
 class RewardModel(nn.Module):
@@ -155,31 +169,40 @@ class RewardModel(nn.Module):
         model.lm_head.load_state_dict(generator.lm_head.state_dict())
         return model
 
-    def forward(self, tokens):
-        """tokens (rows, T) -> rewards (rows, T) in fp32, one per prefix, and hidden states (rows, T, C)."""
-        hidden = self.transformer(tokens)
+    def forward(self, packed, lm_trunk_gradient=None):
+        """A Packed batch of R rows -> rewards (R, T) in fp32, one per prefix, any value on padding.
+
+        With lm_trunk_gradient, the share of L_SFT's gradient that reaches the trunk, also the log-probability of
+        each of its M response tokens, (M,).
+        """
+        hidden = self.transformer(packed.tokens, packed=packed)                         # (N, C)
         with torch.autocast(hidden.device.type, enabled=False):  # written as a sum: a matrix product may use TF32
-            rewards = (hidden.float() * self.score.weight[0]).sum(-1)    # (rows, T)
-        return rewards, hidden
+            rewards = (hidden.float() * self.score.weight[0]).sum(-1)                   # (N,)
+        rewards = rewards[packed.rows]                                                  # (R, T)
+        if lm_trunk_gradient is None:
+            return rewards
+        return rewards, token_logprobs(scale_gradient(hidden, lm_trunk_gradient), self.lm_head, packed)
 
 
-def token_logprobs(hidden, lm_head, tokens, mask):
-    """log P(token t+1 | tokens 0..t) where token t+1 is a response token, 0 elsewhere; (rows, T-1) in fp32.
+def scale_gradient(x, s):
+    """The value of x with s times its gradient."""
+    return s * x + (1 - s) * x.detach()
 
-    hidden (rows, T, C), tokens and mask (rows, T). Logits are made for those positions only, CHUNK at a
-    time, and made again in the backward pass where there is more than one chunk.
+
+def token_logprobs(hidden, lm_head, packed):
+    """log P(y_t | all before it) of the response tokens asked for in a Packed batch, from hidden (N, C): (M,) in fp32.
+
+    Logits are made for those positions only, LOGITS of them at a time, and made again in the backward pass where
+    that takes more than one time.
     """
-    def logprob(states, targets):
+    def logprobs(states, targets):
         return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
 
-    wanted = mask[:, 1:]                                                                # (rows, T-1)
-    states, targets = hidden[:, :-1][wanted], tokens[:, 1:][wanted]                     # (N, C), (N,)
-    if len(states) > CHUNK:
-        found = torch.cat([checkpoint(logprob, *part, use_reentrant=False)
-                           for part in zip(states.split(CHUNK), targets.split(CHUNK))])
-    else:
-        found = logprob(states, targets)
-    return torch.zeros(wanted.shape, device=hidden.device).masked_scatter(wanted, found)
+    states, chunk = F.embedding(packed.sources, hidden), max(1, LOGITS // lm_head.out_features)     # (M, C)
+    if len(states) <= chunk:
+        return logprobs(states, packed.targets)
+    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False)
+                      for part in zip(states.split(chunk), packed.targets.split(chunk))])
 
 
 def make_optimizer(model, learning_rate, weight_decay):
@@ -198,14 +221,13 @@ def learning_rate(step, steps, peak, warmup):
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def update(model, optimizer, loss, rate, clip):
-    """One step of the optimizer at this learning rate; returns the gradient's norm before clipping."""
+def update(model, optimizer, rate, clip):
+    """One step of the optimizer along the gradient, which is clipped and then gone; returns its norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm
 
 

@@ -11,28 +11,38 @@ OUT_DIR/ckpt.pt, log.jsonl and eval.json. The same command continues a killed ru
 Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is lambda = 0,
 plain Bradley-Terry is that with --lm_weight=0. On a dataset of responses labelled correct or not, binary
 cross-entropy takes the place of L_BT (the paper's mathematics runs, with p at --temperature=0.7 --top_p=0.8).
-Left out: more than one device.
+
+    torchrun --standalone --nproc_per_node=K train.py       K processes share each batch, on K GPUs where there are any
+
+With them, or with --accumulate=K, the result is that of one process with the same batch: every mean of the
+objective is over the whole batch. Left out: a model that does not fit on one device.
 """
+import contextlib
 import dataclasses
+import os
+import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import (Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_json)
-from data.batches import collate, load_responses, training_indices
+from data.batches import collate, load_responses, pack, training_indices
 from data.prepare import dataset_folder, open_dataset
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
 from data.toy.world import World
 from evaluate import evaluate_split, evaluate_splits, exact_traces, load_splits, print_table
 from generator import GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator
-from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, token_logprobs, update
+from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, update
 from regularizer import REGULARIZERS
 
 
@@ -57,7 +67,8 @@ class TrainConfig:
     n_embd: int = 64                # channels
     block_size: int = 160           # longest row, in tokens
     steps: int = 80                 # updates
-    batch_size: int = 32            # pairs (or labelled responses) per update
+    batch_size: int = 32            # pairs (or labelled responses) per update, over all processes
+    accumulate: int = 1             # parts that each process reads its share of the batch in, to save memory (and not time)
     learning_rate: float = 1e-3     # peak
     warmup: int = 20                # updates of linear warm-up
     weight_decay: float = 0.1       # on matrices
@@ -70,11 +81,6 @@ class TrainConfig:
     compile: bool = False           # torch.compile the reward model
     strict: bool = False            # stop at the first bad row
     overwrite: bool = False         # start over where out_dir holds another run
-
-
-def scale_gradient(x, s):
-    """The value of x with s times its gradient."""
-    return s * x + (1 - s) * x.detach()
 
 
 def bradley_terry(rewards, last):
@@ -96,14 +102,6 @@ def against_nobody(rewards, probs, mask, correct):
     regularizer reads z = sigma(r) of the first `correct` rows, 1 - sigma(r) of the others.  (N, ...) -> (2N, ...)"""
     chosen = torch.arange(len(mask), device=mask.device)[:, None] < correct         # (N, 1)
     return torch.cat([rewards, rewards]), torch.cat([probs, probs]), torch.cat([mask & chosen, mask & ~chosen])
-
-
-def language_model_loss(model, hidden, batch, chosen, trunk_gradient):
-    """L_SFT = -mean_t log pi(y_t^w | ...) on the first rows, the chosen ones, each normalised by its length."""
-    if chosen == 0:     # labelled responses, none of them correct
-        return 0.0 * hidden.sum()
-    hidden, mask = scale_gradient(hidden[:chosen], trunk_gradient), batch.mask[:chosen]
-    return length_normalised_nll(token_logprobs(hidden, model.lm_head, batch.tokens[:chosen], mask), mask)
 
 
 def obtain_generator(config):
@@ -139,16 +137,84 @@ def obtain_probs(config, dataset, generator, rows):
     return stored_probs(generator, rows, folder, config.temperature, config.top_p)
 
 
-def train(config):
-    regularize = choose("regularizer", config.regularizer, REGULARIZERS)
+def processes():
+    """(number of this process, how many torchrun started)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process runs the block before the others do, and these find what it has made."""
+    rank, world = processes()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def part_of_batch(part, parts, chosen, rows, paired):
+    """Which of a batch's rows make up one of its parts, and how many of these are chosen (they come first)."""
+    items = np.arange(part, chosen if paired else rows, parts)
+    return (np.concatenate([items, chosen + items]), len(items)) if paired else (items, int((items < chosen).sum()))
+
+
+def backward(config, forward, rows, batch, chosen, paired, S):
+    """Add up the gradient of the objective over this process's parts of a batch -> (new S, the terms of the loss).
+
+    L_reg and L_BT are means over the whole batch, so each part meets the rewards of all others, without gradient:
+    those of other processes come from them, those of this one from a first pass where there are several parts.
+    """
+    regularize, device = REGULARIZERS[config.regularizer], batch.mask.device
     lam = 0.0 if config.regularizer == "none" else config.reg_weight
-    device, dataset = pick_device(config.device), open_dataset(config.dataset)
+    (rank, world), several = processes(), config.accumulate > 1
+    numbers, packs = [], []
+    for part in range(rank, world * config.accumulate, world):
+        some, likelihoods = part_of_batch(part, world * config.accumulate, chosen, len(rows), paired)
+        numbers.append(torch.from_numpy(some).to(device, non_blocking=True))
+        packs.append(pack([rows[i] for i in some], likelihoods, batch.mask.size(1)).to(device))
+    everyone = torch.zeros(batch.mask.shape, device=device)                             # (2B, T)
+    with autocast(device, config.dtype), torch.set_grad_enabled(not several):
+        outputs = [forward(packed, config.lm_trunk_gradient) for packed in packs]       # (rows, T), (M,) of each part
+    for some, (rewards, _) in zip(numbers, outputs):
+        everyone[some] = rewards.detach()
+    if world > 1:
+        dist.all_reduce(everyone)
+    total_lm = 0.0
+    for k, (some, packed) in enumerate(zip(numbers, packs)):
+        with forward.no_sync() if world > 1 and k < len(packs) - 1 else contextlib.nullcontext():
+            if several:
+                with autocast(device, config.dtype):
+                    outputs[k] = forward(packed, config.lm_trunk_gradient)
+            rewards, logprobs = outputs[k]
+            rewards = everyone.index_copy(0, some, rewards)                             # (2B, T)
+            lm = length_normalised_nll(logprobs, packed, max(1, chosen))
+            if paired:
+                outcome, margins = bradley_terry(rewards, batch.last)
+                reg, scale = regularize(rewards, batch.probs, batch.mask)
+            else:
+                outcome, margins = label_cross_entropy(rewards, batch.last, chosen)
+                reg, scale = regularize(*against_nobody(rewards, batch.probs, batch.mask, chosen))
+            new_S = S if scale is None else 0.95 * S + 0.05 * scale.detach()
+            reg = reg if scale is None else reg / new_S
+            loss = config.lm_weight * lm + lam * reg + (1 - lam) * outcome
+            (world * loss).backward()       # DistributedDataParallel takes the mean over processes
+        total_lm = total_lm + lm.detach()
+    return new_S, {"outcome": outcome.detach(), "reg": reg.detach(), "lm": total_lm, "margins": margins.detach()}
+
+
+def train(config):
+    choose("regularizer", config.regularizer, REGULARIZERS)
+    lam = 0.0 if config.regularizer == "none" else config.reg_weight
+    device, (rank, world) = pick_device(config.device), processes()
+    dataset = open_dataset(config.dataset)
     tokenizer = dataset.tokenizer
-    run = Run(config.out_dir, "reward model", config, config.overwrite)
+    run = Run(config.out_dir, "reward model", config, config.overwrite, writes=rank == 0)
     data = load_responses(dataset, "train", config.block_size, config.strict)
     splits = load_splits(dataset, config.block_size, config.strict)
-    generator = obtain_generator(config)
-    probs = obtain_probs(config, dataset, generator, data.rows)
+    with first_process_first():
+        generator = obtain_generator(config)
+        probs = obtain_probs(config, dataset, generator, data.rows)
     run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint, generator=fingerprint(generator.state_dict()),
               probs=fingerprint(*probs))
     print(f"p of {sum(map(len, probs))} response tokens from {config.probs_from or config.generator}; "
@@ -156,42 +222,37 @@ def train(config):
 
     torch.manual_seed(config.seed)
     model = RewardModel.from_generator(generator).to(device)
-    forward = torch.compile(model, dynamic=True) if config.compile else model
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     first = run.restore(model, optimizer)
     S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
     save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
                                  tokenizer=tokenizer.to_dict(), model_config=dataclasses.asdict(generator.transformer.config))
+    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    forward = torch.compile(forward, dynamic=True) if config.compile else forward
     model.train()
     if first < config.steps:
         print(" step " + " ".join(f"{key:>6}" for key in SHOWN))
-    for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first, disable=None, leave=False):
+    bar = tqdm(range(first, config.steps), "reward model", config.steps, initial=first, disable=rank > 0 or None, leave=False)
+    for step in bar:
         rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
         numbers, chosen = data.batch_rows(training_indices(step, len(data), config.batch_size, config.seed))
-        batch = collate([data.rows[i] for i in numbers], [probs[i] for i in numbers]).to(device)
-        with autocast(device, config.dtype):
-            rewards, hidden = forward(batch.tokens)                                     # (2B, T), (2B, T, C)
-            lm = language_model_loss(model, hidden, batch, chosen, config.lm_trunk_gradient)
-        if data.paired:
-            outcome, margins = bradley_terry(rewards, batch.last)
-            reg, scale = regularize(rewards, batch.probs, batch.mask)
-        else:
-            outcome, margins = label_cross_entropy(rewards, batch.last, chosen)
-            reg, scale = regularize(*against_nobody(rewards, batch.probs, batch.mask, chosen))
-        if scale is not None:
-            S = 0.95 * S + 0.05 * scale.detach()
-            reg = reg / S
-        loss = config.lm_weight * lm + lam * reg + (1 - lam) * outcome
-        grad_norm = update(model, optimizer, loss, rate, config.clip)
+        rows = [data.rows[i] for i in numbers]
+        batch = collate(rows, [probs[i] for i in numbers]).to(device)
+        S, terms = backward(config, forward, rows, batch, chosen, data.paired, S)
+        grad_norm = update(model, optimizer, rate, config.clip)
 
         done, last = step + 1, step + 1 == config.steps
         saves, evaluates = done % config.save_interval == 0 or last, done % config.eval_interval == 0 or last
         if done % config.log_interval == 0 or saves or evaluates:
-            record = {"step": done, "loss": loss.item(), "outcome": outcome.item(), "reg": reg.item(), "lm": lm.item(),
-                      "accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item(),
+            if world > 1:
+                dist.all_reduce(terms["lm"])
+            margins = terms.pop("margins")
+            terms = {key: value.item() for key, value in terms.items()}
+            record = {"step": done, "loss": config.lm_weight * terms["lm"] + lam * terms["reg"] + (1 - lam) * terms["outcome"],
+                      **terms, "accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item(),
                       "grad_norm": grad_norm.item(), "learning_rate": rate, "S": S.item()}
             check_finite(done, record["loss"], record["grad_norm"])
-            if evaluates:
+            if evaluates and rank == 0:
                 record["eval_accuracy"] = evaluate_split(model, splits["val"], device)[0]["accuracy"]
             run.log(record)
             tqdm.write(f"{done:5d} " + " ".join(f"{record[key]:{max(6, len(key))}.3f}" for key in SHOWN if key in record))
@@ -200,22 +261,44 @@ def train(config):
     return model, dataset, data, splits
 
 
+def start_processes(config):
+    """Join the other processes, where torchrun started this one; the first one alone prints. -> config, with its device"""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        device = pick_device(config.device).type
+        if device == "cuda":
+            config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(pick_device(config.device))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))  # a generator takes its time
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return config
+
+
 def main(config):
     config = dataclasses.replace(
         config, generator=config.generator or f"out/{config.dataset}-generator",
         out_dir=config.out_dir or f"out/{config.dataset}-{config.regularizer}-seed{config.seed}")
+    config = start_processes(config)
     show(config)
-    in_range(config, 1, 10**9, "steps", "batch_size", "log_interval", "eval_interval", "save_interval")
+    in_range(config, 1, 10**9, "steps", "batch_size", "accumulate", "log_interval", "eval_interval", "save_interval")
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay", "lm_weight")
     in_range(config, 0, 1, "reg_weight", "lm_trunk_gradient")
     in_range(config, 1e-9, 1e9, "temperature")
     in_range(config, 1e-9, 1, "top_p")
     in_range(config, 1e-9, 1e9, "clip")
     autocast(pick_device(config.device), config.dtype)
-    if config.dataset == "toy" and not (dataset_folder("toy") / "dataset.json").exists():
-        prepare_toy(ToyConfig())
+    rank, world = processes()
+    if config.batch_size % (world * config.accumulate):
+        raise UserError(f"--batch_size={config.batch_size} does not divide into {world} processes times --accumulate={config.accumulate}")
+    with first_process_first():
+        if config.dataset == "toy" and not (dataset_folder("toy") / "dataset.json").exists():
+            prepare_toy(ToyConfig())
     started = time.time()
     model, dataset, data, splits = train(config)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     print(f"trained in {time.time() - started:.0f} s; evaluating")
     results = evaluate_splits(model, dataset, splits, pick_device(config.device))
     write_json(Path(config.out_dir) / "eval.json", {"settings": dataclasses.asdict(config), "splits": results,

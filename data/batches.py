@@ -1,8 +1,8 @@
 """Rows of tokens, and batches that carry their lengths.
 
 A row is one prompt and one response; the end-of-text token closes the response and its reward is
-the response's reward. Rows are padded on the right, so under causal attention no real token ever
-sees padding and no attention mask is needed. Nothing is inferred from token ids.
+the response's reward. The objective sees rows padded on the right (`collate`); the model reads them
+packed (`pack`): every distinct prompt once, and no padding. Nothing is inferred from token ids.
 """
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -121,7 +121,7 @@ class Batch:
     probs: torch.Tensor     # (rows, T-1), the generator's probability of token t+1; 0 where it is not known
 
     def to(self, device):
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 def collate(rows, probs=None):
@@ -137,6 +137,66 @@ def collate(rows, probs=None):
             link_probs[i, start - 1:end - 1] = probs[i]
     last = torch.tensor([len(row) - 1 for row in rows])
     return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), last, torch.from_numpy(link_probs))
+
+
+class Packed(NamedTuple):
+    """R rows as the model reads them: N tokens, every distinct prompt once and every response, without padding.
+
+    All but attention treats each token on its own. For attention the tokens are dealt out to their rows again
+    (`groups`), rows of similar length together, and collected from there (`places`).
+    """
+    tokens: torch.Tensor    # (N,) int64
+    positions: torch.Tensor # (N,) int64, counted from the start of the token's row
+    groups: tuple           # of (rows, longest) int64: which of the N tokens stands there; any one on padding
+    places: torch.Tensor    # (N,) int64, where each token is in the groups, flattened and joined
+    rows: torch.Tensor      # (R, T) int64: as groups, for all rows in their own order
+    sources: torch.Tensor   # (M,) int64, for every response token whose likelihood is asked for: the token before it,
+    targets: torch.Tensor   # (M,) int64, its id,
+    owners: torch.Tensor    # (M,) int64, its row
+    lengths: torch.Tensor   # (R,) int64, tokens of each response
+
+    def to(self, device):
+        move = lambda part: part.to(device, non_blocking=True)
+        return Packed(*(tuple(map(move, part)) if isinstance(part, tuple) else move(part) for part in self))
+
+
+def pack(rows, likelihoods=None, width=0, share_prompts=True, groups=4):
+    """Rows -> Packed. likelihoods: of how many rows, from the first, the response's likelihood is asked for (None: all).
+
+    width: T, where it is not the longest row's; groups: into how many the rows are dealt out for attention.
+    """
+    tokens, positions, starts, indices, count = [], [], {}, [], 0
+    for number, row in enumerate(rows):
+        key = row.prompt.tobytes() if share_prompts else number
+        if key not in starts:
+            starts[key] = count
+            tokens.append(row.prompt), positions.append(np.arange(len(row.prompt)))
+            count += len(row.prompt)
+        tokens.append(row.response), positions.append(np.arange(len(row.prompt), len(row)))
+        indices.append(np.r_[starts[key]:starts[key] + len(row.prompt), count:count + len(row.response)])
+        count += len(row.response)
+    order = np.array_split(sorted(range(len(rows)), key=lambda i: len(rows[i])), min(groups, len(rows)))
+    dealt = [pad_right([indices[i] for i in group]) for group in order]
+    places, offset = np.zeros(count, np.int64), 0
+    for group, cells in zip(order, dealt):
+        for i in group:
+            places[indices[i]] = offset + np.arange(len(indices[i]))
+            offset += cells.shape[1]
+    some = range(len(rows) if likelihoods is None else likelihoods)
+    sources = [indices[i][len(rows[i].prompt) - 1:-1] for i in some]
+    arrays = (np.concatenate(tokens), np.concatenate(positions), dealt, places, pad_right(indices, width),
+              np.concatenate([[], *sources]), np.concatenate([[], *(rows[i].response for i in some)]),
+              np.repeat(some, [len(rows[i].response) for i in some]), np.array([len(row.response) for row in rows]))
+    as_tensor = lambda array: torch.from_numpy(array.astype(np.int64))
+    return Packed(*(tuple(map(as_tensor, part)) if isinstance(part, list) else as_tensor(part) for part in arrays))
+
+
+def pad_right(arrays, width=0):
+    """Arrays of whole numbers -> (arrays, longest or width), zeros behind each."""
+    padded = np.zeros((len(arrays), max(width, *map(len, arrays))), np.int64)
+    for i, array in enumerate(arrays):
+        padded[i, :len(array)] = array
+    return padded
 
 
 def pair_rows(pairs):

@@ -51,6 +51,11 @@ def tiny():
     return SimpleNamespace(model=model)
 
 
+def plain_rewards(model, tokens):
+    """The reward of every prefix of rows of tokens, each row read on its own from its start.  (rows, T) -> (rows, T)"""
+    return (model.transformer(tokens) * model.score.weight[0]).sum(-1)
+
+
 @pytest.fixture
 def real_data():
     """The folder of real files named by ICRM_REAL_DATA; the test is skipped without it."""

@@ -76,10 +76,9 @@ def test_a_policy_is_trained_killed_continued_and_judged(inside, capsys):
 
 
 def test_the_stored_log_probabilities_are_the_references_and_training_starts_at_margin_zero(inside):
-    with mock.patch.object(dpo, "update", side_effect=KeyboardInterrupt) as update:
-        with pytest.raises(KeyboardInterrupt):
-            run(out_dir="out/dpo-first")
-    assert update.call_args.args[2].item() == pytest.approx(math.log(2), abs=1e-4)      # -log sigma(0)
+    run(out_dir="out/dpo-first", steps=1)
+    first = json.loads((inside / "out/dpo-first/log.jsonl").read_text())
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)      # -log sigma(0)
     stored = load_checkpoint("out/dpo-first/pairs.pt", "dpo pairs")
     reference, _ = load_generator("out/toy-generator", "cpu")
     rows = [Row(*(part.numpy() for part in row), False) for row in stored["rows"]]

@@ -9,6 +9,7 @@ import torch
 import compare
 import evaluate
 from config import UserError, parse
+from conftest import plain_rewards
 from data.batches import load_pairs, pair_rows
 from data.prepare import open_dataset
 from data.toy.world import World
@@ -226,7 +227,7 @@ def test_steps_are_read_from_one_pass_and_the_threshold_from_another_file(inside
     for k in range(3):      # the reward after step k is that of the response cut there
         text = "\n".join(rows[0]["steps"][:k + 1]) + ("\n" if k < 2 else "")
         tokens = tokenizer.encode(rows[0]["prompt"]) + [t for step in text.splitlines(keepends=True) for t in tokenizer.encode(step)]
-        assert rewards[0][k] == pytest.approx(model(torch.tensor([tokens]))[0][0, -1].item(), abs=1e-5)
+        assert rewards[0][k] == pytest.approx(plain_rewards(model, torch.tensor([tokens]))[0, -1].item(), abs=1e-5)
     for more in ([], [f"--threshold_from={test}"]):
         with pytest.raises(UserError, match="another file of steps"):
             main("--checkpoint=out/run", f"--steps={test}", *more)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import UserError
-from data.batches import Row, collate, load_pairs, pair_rows
+from data.batches import Row, load_pairs, pack, pair_rows
 from data.prepare import open_dataset
 from data.toy.world import World
 from generator import (GeneratorConfig, draw, length_normalised_nll, load_generator, response_probs, sample, sampling_probs,
@@ -86,9 +86,9 @@ def test_a_cache_that_does_not_fit_its_key_is_refused(trained, tmp_path):
 
 
 def test_each_response_is_normalised_by_its_own_length():
-    logprobs = torch.tensor([[0.0, -1.0, -3.0], [-2.0, 0.0, 0.0]])
-    mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
-    assert length_normalised_nll(logprobs, mask).item() == pytest.approx((4 / 2 + 2 / 1) / 2)
+    rows = [Row(np.array([1]), np.array([2, 3]), False), Row(np.array([4, 5]), np.array([6]), False)]
+    logprobs = torch.tensor([-1.0, -3.0, -2.0])
+    assert length_normalised_nll(logprobs, pack(rows), 2).item() == pytest.approx((4 / 2 + 2 / 1) / 2)
 
 
 def test_sampling_with_a_cache_equals_sampling_without(trained):

@@ -1,10 +1,13 @@
 """The transformer: causality, padding, cache, heads."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import model
+from conftest import plain_rewards
+from data.batches import Row, collate, pack
 from model import KVCache, LanguageModel, ModelConfig, RewardModel, learning_rate, token_logprobs
 
 SIZES = ModelConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16)
@@ -13,21 +16,61 @@ SIZES = ModelConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16
 @torch.no_grad()
 def test_changing_token_t_never_changes_a_reward_before_t(tiny):
     tokens = torch.randint(0, 50, (2, 12))
-    rewards, _ = tiny.model(tokens)
+    rewards = plain_rewards(tiny.model, tokens)
     for t in (0, 5, 11):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 50
-        found, _ = tiny.model(changed)
+        found = plain_rewards(tiny.model, changed)
         assert torch.equal(found[:, :t], rewards[:, :t])
         assert (found[:, t] != rewards[:, t]).all()
 
 
-@torch.no_grad()
-def test_padding_and_batch_mates_change_no_reward(tiny):
-    tokens = torch.randint(0, 50, (4, 12))
-    alone, _ = tiny.model(tokens[1:2, :9])
-    together, _ = tiny.model(tokens)
-    assert torch.allclose(alone[0], together[1, :9], atol=1e-5)
+def some_rows():
+    """Pairs: two that share their prompt, one whose prompts differ, one of the first's prompt again, in both orders of length."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(0, 49, n).astype(np.int32)
+    prompts, other = [draw(4), draw(7), draw(3)], draw(2)
+    chosen = [Row(prompt, draw(n), False) for prompt, n in zip((*prompts, prompts[0]), (5, 3, 9, 1))]
+    rejected = [Row(prompt, draw(n), False) for prompt, n in zip((prompts[0], prompts[1], other, prompts[0]), (2, 8, 9, 6))]
+    return chosen + rejected
+
+
+@pytest.mark.parametrize("options", [{}, dict(share_prompts=False), dict(groups=1), dict(groups=100), dict(width=20)])
+def test_packed_rows_have_the_rewards_likelihoods_and_gradients_of_each_row_read_on_its_own(tiny, options):
+    """The slow twin of reading every prompt once, without padding: row after row, from its start."""
+    rows = some_rows()
+    packed = pack(rows, 4, **options)
+    rewards, logprobs = tiny.model(packed, 1.0)
+    assert rewards.shape == (8, 20 if "width" in options else 15)
+    weights = torch.randn(8, 15)
+    slow_logprobs, slow_total = [], 0.0
+    for i, row in enumerate(rows):
+        tokens = torch.tensor([[*row.prompt.tolist(), *row.response.tolist()]])
+        alone = plain_rewards(tiny.model, tokens)[0]
+        assert torch.allclose(rewards[i, :len(row)], alone, atol=1e-5)
+        slow_total = slow_total + (alone * weights[i, :len(row)])[len(row.prompt):].sum()
+        if i < 4:
+            every = tiny.model.lm_head(tiny.model.transformer(tokens))[0].log_softmax(-1)
+            slow_logprobs += [every[t, tokens[0, t + 1]] for t in range(len(row.prompt) - 1, len(row) - 1)]
+    slow_logprobs = torch.stack(slow_logprobs)
+    assert torch.allclose(logprobs, slow_logprobs, atol=1e-5)
+    mask = collate(rows).mask
+    total = (rewards[:, :15] * weights)[mask].sum()
+    parameters = list(tiny.model.parameters())
+    fast = torch.autograd.grad(total + logprobs.sum(), parameters)
+    slow = torch.autograd.grad(slow_total + slow_logprobs.sum(), parameters)
+    for a, b in zip(fast, slow):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_a_prompt_of_several_rows_is_read_once_and_no_padding_is_read():
+    rows = some_rows()
+    distinct = {row.prompt.tobytes(): len(row.prompt) for row in rows}
+    assert len(pack(rows).tokens) == sum(distinct.values()) + sum(len(row.response) for row in rows)
+    assert len(pack(rows, share_prompts=False).tokens) == sum(map(len, rows))
+    packed = pack(rows)
+    flat = torch.cat([cells.flatten() for cells in packed.groups])
+    assert torch.equal(flat[packed.places], torch.arange(len(packed.tokens)))     # what is dealt out is collected
 
 
 @torch.no_grad()
@@ -80,27 +123,16 @@ def test_the_forward_pass_equals_gpt2s_equations_written_with_loops():
 
 def test_the_reward_is_fp32_under_autocast(tiny):
     with torch.autocast("cpu", torch.bfloat16):
-        rewards, hidden = tiny.model(torch.randint(0, 50, (2, 5)))
-    assert rewards.dtype == torch.float32
-
-
-def test_token_logprobs_equal_a_full_softmax_at_response_tokens_and_are_zero_elsewhere(tiny):
-    tokens = torch.randint(0, 50, (3, 9))
-    t = torch.arange(9)
-    mask = (t >= torch.tensor([[2], [0], [5]])) & (t < torch.tensor([[9], [6], [8]]))
-    hidden = tiny.model.transformer(tokens)
-    full = tiny.model.lm_head(hidden[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-    expected = torch.where(mask[:, 1:], full, 0.0)
-    assert torch.allclose(token_logprobs(hidden, tiny.model.lm_head, tokens, mask), expected, atol=1e-5)
+        rewards, logprobs = tiny.model(pack(some_rows()), 0.001)
+    assert rewards.dtype == logprobs.dtype == torch.float32
 
 
 def test_logits_in_chunks_give_the_same_values_and_gradients(tiny, monkeypatch):
-    tokens, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.bool)
-    found = []
-    for chunk in (4096, 5):
-        monkeypatch.setattr(model, "CHUNK", chunk)
+    packed, found = pack(some_rows()), []
+    for logits in (10 ** 9, 5 * 50):
+        monkeypatch.setattr(model, "LOGITS", logits)
         tiny.model.zero_grad()
-        logprobs = token_logprobs(tiny.model.transformer(tokens), tiny.model.lm_head, tokens, mask)
+        logprobs = token_logprobs(tiny.model.transformer(packed.tokens, packed=packed), tiny.model.lm_head, packed)
         logprobs.sum().backward()
         found.append((logprobs.detach(), tiny.model.transformer.wte.weight.grad.clone()))
     tiny.model.zero_grad()
