@@ -1,7 +1,8 @@
 """Best-of-N: how much better is the response that the reward model picks out of N?
 
     python bon.py --checkpoint=CKPT --candidates=FILE.jsonl --json=OUT.json
-    python bon.py --checkpoint=out/toy-icrm-seed0       the toy world: sampled from the generator, judged by gold
+    python bon.py --checkpoint=out/toy-icrm-seed0       the toy world: sampled from the generator, worth their gold
+    python bon.py --checkpoint=CKPT --judge=OTHER       real text: sampled, worth another reward model's reward
 
 From M scored candidates of a prompt the expected worth of the best of n drawn without replacement has an
 unbiased closed form (no resampling): with candidates in the order of their reward, the i-th is the best of a
@@ -23,6 +24,7 @@ from compare import print_lines
 from config import UserError, in_range, run_script, show, write_json
 from data.batches import make_row
 from data.pairs import Candidates, read_candidates
+from data.prepare import open_dataset
 from data.toy.world import gold, question
 from evaluate import load_reward_model, score
 from generator import load_generator, sample_responses
@@ -32,12 +34,14 @@ from model import pick_device
 @dataclass(frozen=True)
 class BonConfig:
     checkpoint: str = ""        # a reward model: its ckpt.pt, or the folder that holds it
-    candidates: str = ""        # JSONL of prompt and responses; empty: sampled from the generator (toy world)
+    candidates: str = ""        # JSONL of prompt and responses; empty: sampled from the generator
+    judge: str = ""             # another reward model: what it makes of sampled responses is their worth
     json: str = ""              # write the results here
     prompts: int = 100          # prompts to sample for
     samples: int = 64           # responses to sample for each
     temperature: float = 1.0    # of sampling
     top_p: float = 1.0          # of sampling
+    max_new_tokens: int = 256   # longest response; those that have no end by then are left out
     seed: int = 0               # of prompts, sampling and bootstrap
     as_dialogue: bool = False   # write plain prompts as one Human turn
     device: str = "auto"        # auto, cpu, cuda, cuda:N
@@ -110,15 +114,47 @@ def curve(rewards, worth, seed=0, answers=None):
     return rows
 
 
-def sample_candidates(generator, tokenizer, config, device):
-    """Toy prompts and the generator's responses to them, worth their gold: a list of Candidates."""
+def toy_questions(config):
     rng = random.Random(f"{config.seed} prompts")
-    prompts = [question(rng) for _ in range(config.prompts)]
-    draws = torch.Generator(device).manual_seed(config.seed)
-    found = sample_responses(generator, [tokenizer.encode(prompt) for prompt in prompts], config.samples, tokenizer.end_of_text,
-                             draws, temperature=config.temperature, top_p=config.top_p)
-    texts = [tuple(map(tokenizer.decode, responses)) for responses in found]
-    return [Candidates(prompt, some, tuple(float(gold(text)) for text in some)) for prompt, some in zip(prompts, texts)]
+    return [question(rng) for _ in range(config.prompts)]
+
+
+def sample_candidates(generator, tokenizer, prompts, worth_of, config, device):
+    """The generator's responses to prompts, as Candidates; worth_of: prompt, texts -> what each is worth.
+
+    Left out, and counted on the screen: responses without an end, and prompts that leave no room or have no response."""
+    draws, room = torch.Generator(device).manual_seed(config.seed), generator.transformer.config.block_size - 1
+    encoded = [(prompt, tokens) for prompt in prompts if len(tokens := tokenizer.encode(prompt)) <= room]
+    if not encoded:
+        raise UserError(f"every prompt fills the context of {room + 1} tokens; nothing can be sampled")
+    sampled = sample_responses(generator, [tokens for _, tokens in encoded], config.samples, tokenizer.end_of_text, draws,
+                               config.max_new_tokens, config.temperature, config.top_p)
+    found, ended = [], 0
+    for (prompt, _), responses in zip(encoded, sampled):
+        texts = tuple(tokenizer.decode(tokens) for tokens in responses if tokens[-1] == tokenizer.end_of_text)
+        ended += len(texts)
+        found += [Candidates(prompt, texts, tuple(worth_of(prompt, texts)))] if texts else []
+    total = len(encoded) * config.samples
+    if total > ended or len(found) < len(prompts):
+        print(f"left out: {total - ended} of {total} responses without an end, {len(prompts) - len(found)} prompts")
+    if not found:
+        raise UserError(f"no response ended within {config.max_new_tokens} tokens; raise --max_new_tokens")
+    return found
+
+
+def worth_of_gold(prompt, texts):
+    """The toy world's truth."""
+    return [float(gold(text)) for text in texts]
+
+
+def worth_by_judge(judge, tokenizer, device):
+    """What another reward model makes of the responses, as a function for sample_candidates."""
+    def worth(prompt, texts):
+        rows = [make_row(prompt, text, tokenizer, judge.transformer.config.block_size) for text in texts]
+        if None in rows:
+            raise UserError("a sampled response is longer than the judge's context; lower --max_new_tokens")
+        return [float(r[-1]) for r in score(judge, rows, device)]
+    return worth
 
 
 def evaluate_candidates(model, tokenizer, candidates, device, seed=0):
@@ -146,9 +182,25 @@ def evaluate_candidates(model, tokenizer, candidates, device, seed=0):
             "none_right": sum(bool((worth[g] == 0).all()) for g in groups)}
 
 
+def obtain_candidates(tokenizer, checkpoint, config, device):
+    """Sampled from the reward model's own generator: toy questions, or the held-out prompts of its dataset."""
+    is_toy, settings = checkpoint["dataset_kind"] == "toy", checkpoint["settings"]
+    if not (is_toy or config.judge):
+        raise UserError("name a judge of sampled responses with --judge=CHECKPOINT, or a file of scored ones with "
+                        "--candidates=FILE.jsonl; only in the toy world is the truth known")
+    generator, found = load_generator(settings["generator"], device)
+    judge, judges_tokenizer, _ = load_reward_model(config.judge, device) if config.judge else (None, tokenizer, None)
+    for what, other in (("generator", found), ("judge", judges_tokenizer)):
+        if other.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"the {what} and the reward model read different vocabularies")
+    prompts = toy_questions(config) if is_toy else open_dataset(settings["dataset"]).prompts("val")[:config.prompts]
+    worth_of = worth_by_judge(judge, tokenizer, device) if judge else worth_of_gold
+    return sample_candidates(generator, tokenizer, prompts, worth_of, config, device)
+
+
 def main(config):
     show(config)
-    in_range(config, 1, 10**9, "prompts", "samples")
+    in_range(config, 1, 10**9, "prompts", "samples", "max_new_tokens")
     in_range(config, 0, 10**9, "seed", "temperature")
     in_range(config, 1e-9, 1, "top_p")
     device = pick_device(config.device)
@@ -156,14 +208,8 @@ def main(config):
     skipped = 0
     if config.candidates:
         candidates, skipped = read_candidates(config.candidates, config.strict, config.as_dialogue)
-    elif checkpoint["dataset_kind"] == "toy":
-        generator, found = load_generator(checkpoint["settings"]["generator"], device)
-        if found.fingerprint != tokenizer.fingerprint:
-            raise UserError("the generator and the reward model read different vocabularies")
-        candidates = sample_candidates(generator, tokenizer, config, device)
     else:
-        raise UserError("name a file of scored candidates with --candidates=FILE.jsonl; "
-                        "only the toy world can judge sampled ones")
+        candidates = obtain_candidates(tokenizer, checkpoint, config, device)
     results = evaluate_candidates(model, tokenizer, candidates, device, config.seed) | {"skipped": skipped}
     others = ["random", "oracle"] + ["majority"] * ("majority" in results["curve"][0])
     print_lines([["n", "prompts", "KL", "reward model", "95% interval", *others]] + [

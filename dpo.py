@@ -22,7 +22,6 @@ from compare import mean_and_half_width, print_lines
 from config import (Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_atomically, write_json)
 from data.batches import Row, pack, pair_rows, training_indices
-from data.pairs import read_labelled, read_pairs
 from data.prepare import open_dataset
 from data.toy.world import gold
 from evaluate import load_reward_model, model_name, score
@@ -82,10 +81,8 @@ LOSSES = {"dpo": dpo, "ipo": ipo, "cdpo": cdpo}
 
 def prompts_of(dataset, config):
     """(training prompts, held-out prompts) of a Dataset: distinct, none in both; the training ones repeated as asked."""
-    read = read_labelled if dataset.kind == "labels" else read_pairs
-    found = {split: list(dict.fromkeys(item.prompt for item in read(dataset.path(split))[0])) for split in ("train", "val")}
-    held_out = found["val"][:config.held_out]
-    train = [prompt for prompt in found["train"] if prompt not in set(held_out)]
+    held_out = dataset.prompts("val")[:config.held_out]
+    train = [prompt for prompt in dataset.prompts("train") if prompt not in set(held_out)]
     if not train:
         raise UserError("every training prompt is held out too; hold out fewer with --held_out=N")
     if len(held_out) < config.held_out:

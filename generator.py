@@ -209,9 +209,9 @@ def draw(logits, rng, temperature, top_p):
     """One token from each row of logits: (rows, V) -> (rows,)."""
     if temperature == 0:
         return logits.argmax(1)
-    cumulative = sampling_probs(logits, temperature, top_p).cumsum(1)   # inverse transform: one uniform number per row
-    u = torch.rand(len(logits), 1, generator=rng, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
+    probs = sampling_probs(logits, temperature, top_p)
+    clocks = -torch.rand(probs.shape, generator=rng, device=probs.device).log() / probs     # exponential, with rates p:
+    return clocks.argmin(1)                                                                 # each is the first with probability p
 
 
 def main(config):

@@ -75,11 +75,11 @@ class Attention(nn.Module):
         rows, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         q, k, v = (part.view(rows, T, self.n_head, -1).transpose(1, 2)          # (rows, n_head, T, head size)
                    for part in qkv.split(C, dim=2))
+        from_start = cache is None or cache.length == 0
         if cache is not None:
-            assert T == 1 or cache.length == 0, "several tokens are read into an empty cache only"
+            assert T == 1 or from_start, "several tokens are read into an empty cache only"
             k, v = cache.append(self.layer, k, v)
-        # One new token sees everything before it; several are a prompt, read into an empty cache.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=from_start)   # one new token sees everything before it
         return y.transpose(1, 2).reshape(rows, T, C)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bon import BonConfig, evaluate_candidates, sample_candidates
+from bon import BonConfig, evaluate_candidates, obtain_candidates
 from config import UserError, in_range, run_script, show, write_atomically
 from data.batches import load_pairs, pair_rows
 from data.pairs import read_candidates
@@ -202,7 +202,7 @@ def main(config):
         candidates, _ = read_candidates(config.candidates, config.strict, config.as_dialogue)
         curve = evaluate_candidates(model, tokenizer, candidates, device)
     elif checkpoint["dataset_kind"] == "toy" and generator:
-        curve = evaluate_candidates(model, tokenizer, sample_candidates(generator, tokenizer, BonConfig(), device), device)
+        curve = evaluate_candidates(model, tokenizer, obtain_candidates(tokenizer, checkpoint, BonConfig(prompts=50), device), device)
 
     n = len(data.rows)
     margins = np.array([rewards[i][-1] - rewards[n + i][-1] for i in range(n)])

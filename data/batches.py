@@ -160,7 +160,7 @@ class Packed(NamedTuple):
         return Packed(*(tuple(map(move, part)) if isinstance(part, tuple) else move(part) for part in self))
 
 
-def pack(rows, likelihoods=None, width=0, share_prompts=True, groups=4):
+def pack(rows, likelihoods=None, width=0, share_prompts=True, groups=8):
     """Rows -> Packed. likelihoods: of how many rows, from the first, the response's likelihood is asked for (None: all).
 
     width: T, where it is not the longest row's; groups: into how many the rows are dealt out for attention.

@@ -80,6 +80,11 @@ class Dataset:
     def path(self, split):
         return self.folder / f"{split}.jsonl"
 
+    def prompts(self, split):
+        """The distinct prompts of a split, in its order."""
+        read = read_labelled if self.kind == "labels" else read_pairs
+        return list(dict.fromkeys(item.prompt for item in read(self.path(split))[0]))
+
 
 def open_dataset(name):
     """A prepared dataset's name -> Dataset."""

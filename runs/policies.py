@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import study
-from bon import BonConfig, evaluate_candidates, sample_candidates
+from bon import BonConfig, evaluate_candidates, sample_candidates, toy_questions, worth_of_gold
 from compare import mean_and_half_width
 from config import choose, in_range, run_script, show, write_atomically
 from dpo import DPOConfig
@@ -64,7 +64,8 @@ def train_and_align(job):
         align(DPOConfig(checkpoint=config.out_dir, generator=generator, out_dir=str(job.folder / name), json=str(found),
                         seed=job.world, device="cpu"))
         results = json.loads(found.read_text())
-        candidates = sample_candidates(load_generator(generator, "cpu")[0], tokenizer, BonConfig(seed=job.world), "cpu")
+        bon = BonConfig(seed=job.world)
+        candidates = sample_candidates(load_generator(generator, "cpu")[0], tokenizer, toy_questions(bon), worth_of_gold, bon, "cpu")
         curve = evaluate_candidates(model, tokenizer, candidates, "cpu")["curve"]
         record[name] = {key: round(value, 4) for key, value in results.items() if isinstance(value, float)} | {
             "pairs": results["pairs"], "best_of_n": {str(row["n"]): round(row["reward_model"], 4) for row in curve},

@@ -2,12 +2,17 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bon
+import data.prepare
+import dpo
+import train
 from config import UserError, parse
+from conftest import small_run
 
 
 def brute_force(rewards, worth, n):
@@ -55,6 +60,31 @@ def test_toy_candidates_are_judged_by_gold_and_written(inside, capsys):
     assert [row["n"] for row in results["curve"]] == [1, 2, 4] and results["prompts"] == 3
     assert results["curve"][0]["reward_model"] == pytest.approx(results["curve"][0]["random"])
     assert results["curve"][2]["oracle"] >= results["curve"][2]["reward_model"]
+
+
+def test_sampled_responses_to_real_prompts_are_worth_a_judges_reward(inside, capsys):
+    """On a dataset without a truth: best-of-n, and the policy of dpo.py, go from end to end."""
+    if not Path("data/plain/dataset.json").exists():
+        toy = data.prepare.open_dataset("toy")
+        splits = {split: [json.loads(line) for line in toy.path(split).read_text().splitlines()] for split in ("train", "val")}
+        data.prepare.write_dataset(data.prepare.dataset_folder("plain"), splits, toy.tokenizer)
+    for seed in (0, 1):
+        train.main(parse(train.TrainConfig, small_run(f"out/plain-{seed}", dataset="plain", seed=seed)))
+    settings = ["--checkpoint=out/plain-0", "--prompts=4", "--samples=4", "--max_new_tokens=130", "--json=judged.json"]
+    with pytest.raises(UserError, match="name a judge"):
+        bon.main(parse(bon.BonConfig, settings))
+    with pytest.raises(UserError, match="raise --max_new_tokens"):
+        bon.main(parse(bon.BonConfig, [*settings, "--judge=out/plain-1", "--max_new_tokens=1"]))
+    for judge in (0, 1):
+        bon.main(parse(bon.BonConfig, [*settings, f"--judge=out/plain-{judge}"]))
+        rows = json.loads((inside / "judged.json").read_text())["curve"]
+        assert all(row["reward_model"] <= row["oracle"] + 1e-6 for row in rows) and rows[-1]["n"] <= 4
+        if judge == 0:      # judged by itself it is the oracle
+            assert all(row["reward_model"] == pytest.approx(row["oracle"]) for row in rows)
+    dpo.main(parse(dpo.DPOConfig, ["--checkpoint=out/plain-0", "--judge=out/plain-1", "--prompts=12", "--samples=4", "--steps=2",
+                                   "--held_out=3", "--answers=2", "--json=policy.json", "--out_dir=out/plain-policy"]))
+    found = json.loads((inside / "policy.json").read_text())
+    assert "gold_after" not in found and {"kl", "length_after", "distinct_after", "judge"} <= set(found)
 
 
 def test_candidates_from_a_file_with_unequal_numbers(inside, tmp_path):

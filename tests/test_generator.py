@@ -92,7 +92,7 @@ def test_each_response_is_normalised_by_its_own_length():
 
 
 def test_sampling_with_a_cache_equals_sampling_without(trained):
-    """The same uniform numbers give the same tokens as reading the whole prefix again for every token."""
+    """The same random numbers give the same tokens as reading the whole prefix again for every token."""
     model, tokenizer, rows = trained
     prompt = torch.from_numpy(rows[0].prompt).long()[None]
     fast = sample(model, prompt, 3, tokenizer.end_of_text, torch.Generator().manual_seed(5), max_new_tokens=25)

@@ -4,10 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import model
 from conftest import plain_rewards
-from data.batches import Row, collate, pack
+from data.batches import Row, collate, pack, pair_rows
 from model import KVCache, LanguageModel, ModelConfig, RewardModel, learning_rate, token_logprobs
 
 SIZES = ModelConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16)
@@ -137,6 +138,21 @@ def test_logits_in_chunks_give_the_same_values_and_gradients(tiny, monkeypatch):
         found.append((logprobs.detach(), tiny.model.transformer.wte.weight.grad.clone()))
     tiny.model.zero_grad()
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
+
+
+def test_the_forward_pass_compiles_into_one_graph_and_not_again_for_every_length():
+    """The tracing alone (no code is generated): one graph, made again once when sizes that were equal by chance differ."""
+    compiler = CompileCounter()
+    reward_model = RewardModel(SIZES)
+    compiled = torch.compile(reward_model, dynamic=True, fullgraph=True, backend=compiler)
+    rng = np.random.default_rng(0)
+    draw = lambda low, high: rng.integers(0, 49, rng.integers(low, high)).astype(np.int32)
+    for _ in range(8):
+        pairs = [(Row(prompt, draw(2, 12), False), Row(prompt, draw(2, 12), False)) for prompt in (draw(1, 12) for _ in range(8))]
+        packed = pack(pair_rows(pairs), 8)
+        for ours, plain in zip(compiled(packed, 0.001), reward_model(packed, 0.001)):
+            assert torch.allclose(ours, plain, atol=1e-5)
+    assert compiler.frame_count <= 3
 
 
 def test_a_reward_model_starts_as_its_generator_with_an_untied_lm_head():
