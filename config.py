@@ -185,7 +185,7 @@ class Run:
         """Refuse to continue with another `data`, `vocabulary`, `generator`, ... (fingerprints) than the run began with."""
         self.inputs = inputs
         for name, value in inputs.items():
-            if self.checkpoint and self.checkpoint["inputs"][name] != value:
+            if self.checkpoint and self.checkpoint.get("inputs", {}).get(name) != value:
                 script = {"generator": "generator.py", "reward model": "train.py", "policy": "dpo.py"}[self.kind]
                 raise UserError(f"the {self.kind} in {self.folder} was trained with another {name} than there is now; "
                                 f"start it over with python {script} and --overwrite=True, or choose another folder")

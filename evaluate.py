@@ -6,6 +6,7 @@
     python evaluate.py --checkpoint=CKPT --steps=test.jsonl --threshold_from=val.jsonl      the first wrong step
     python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0      runs side by side
     python evaluate.py --compare=none.jsonl,icrm.jsonl                      two models on the same pairs (--examples)
+    python evaluate.py --checkpoint=CKPT --export=FOLDER                    for transformers, TRL and RewardBench
 
 A response's reward is read at its end-of-text token, in fp32, in eval mode; it is a function of the prompt
 and the response alone, whatever the batch. Accuracy is strict (a tie is wrong) and taken once over all pairs.
@@ -32,6 +33,7 @@ from data.pairs import TURN, read_steps
 from data.prepare import open_dataset
 from data.toy.world import World, split_worlds
 from model import ModelConfig, RewardModel, pick_device
+from pretrained import export_reward_model, import_reward_model
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class EvalConfig:
     json: str = ""                  # write the results here
     examples: str = ""              # write every pair's rewards here, as JSONL (with --data)
     rewardbench: str = ""           # write RewardBench's own result files into this folder (with --data)
+    export: str = ""                # write a folder here that transformers loads, and nothing else
     show: int = 0                   # print so many pairs, their tokens coloured by reward (with --data)
     compare: str = ""               # evaluated runs to show side by side: DIR,DIR,...; or files of --examples
     as_dialogue: bool = False       # write plain prompts as one Human turn
@@ -52,10 +55,13 @@ class EvalConfig:
 
 
 def load_reward_model(path, device):
-    """A checkpoint -> (RewardModel in eval mode, its tokenizer, the checkpoint's dictionary)."""
+    """A checkpoint or an exported folder -> (RewardModel in eval mode, its tokenizer, the checkpoint's dictionary)."""
     if not path:
         raise UserError("name a reward model with --checkpoint=FOLDER")
-    checkpoint = load_checkpoint(path, "reward model", device)
+    if (Path(path) / "icrm.json").is_file():
+        checkpoint = import_reward_model(path)
+    else:
+        checkpoint = load_checkpoint(path, "reward model", device)
     model = RewardModel(ModelConfig(**checkpoint["model_config"])).to(device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
@@ -357,6 +363,10 @@ def main(config):
         raise UserError("one thing at a time: --data=FILE, or --steps=FILE with --threshold_from=FILE")
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, device)
+    if config.export:
+        export_reward_model(model, tokenizer, checkpoint, config.export)
+        print(f"wrote {config.export}")
+        return
     if config.data:
         data = load_pairs(config.data, tokenizer, model.transformer.config.block_size, config.strict, config.as_dialogue)
         results, rewards = evaluate_pairs(model, data, device, config.batch_size)

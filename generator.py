@@ -22,6 +22,7 @@ from data import tokenizer as tokenizers
 from data.batches import in_length_order, load_responses, pack, training_indices
 from data.prepare import open_dataset
 from model import (KVCache, LanguageModel, ModelConfig, autocast, learning_rate, make_optimizer, pick_device, update)
+from pretrained import load_weights, read_pretrained
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class GeneratorConfig:
     dataset: str = "toy"            # a folder under data/, made by its prepare.py
     out_dir: str = ""               # empty: out/DATASET-generator
     seed: int = 0                   # initial weights and order of the data
-    n_layer: int = 2                # transformer blocks
+    init_from: str = ""             # weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in that layout
+    n_layer: int = 2                # transformer blocks (these three are those of init_from, where it is given)
     n_head: int = 4                 # attention heads
     n_embd: int = 64                # channels
     block_size: int = 160           # longest row, in tokens
@@ -66,6 +68,8 @@ def train_generator(config):
     run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint)
     torch.manual_seed(config.seed)
     model = LanguageModel(sizes).to(device)
+    if config.init_from and run.checkpoint is None:
+        load_weights(model, read_pretrained(config.init_from)[1], config.init_from)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     first = run.restore(model, optimizer)
     if first < config.steps:
@@ -214,7 +218,22 @@ def draw(logits, rng, temperature, top_p):
     return clocks.argmin(1)                                                                 # each is the first with probability p
 
 
+def with_pretrained_sizes(config):
+    """Settings with the sizes of the weights that they start from, if any; those must know the dataset's tokens."""
+    if not config.init_from:
+        return config
+    sizes, _ = read_pretrained(config.init_from)
+    vocab_size = open_dataset(config.dataset).tokenizer.vocab_size
+    if sizes.vocab_size != vocab_size:
+        raise UserError(f"{config.init_from} knows {sizes.vocab_size} tokens, the dataset {config.dataset} has {vocab_size}; "
+                        "for GPT-2's weights prepare it with --tokenizer=gpt2")
+    if config.block_size > sizes.block_size:
+        raise UserError(f"--block_size={config.block_size} is more than the {sizes.block_size} positions of {config.init_from}")
+    return dataclasses.replace(config, n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd)
+
+
 def main(config):
+    config = with_pretrained_sizes(config)
     show(config)
     train_generator(dataclasses.replace(config, out_dir=config.out_dir or f"out/{config.dataset}-generator"))
 

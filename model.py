@@ -119,6 +119,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.recompute = False      # whether a block's activations are made again in the backward pass
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # residual projections start smaller, as many as are summed
                 nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** (0.5 if "c_proj" in name else 0))
@@ -130,10 +131,20 @@ class GPT(nn.Module):
         where = self.wpe.weight[start:start + tokens.size(1)] if packed is None else self.wpe(packed.positions)
         x = self.wte(tokens) + where                                            # (rows, T, C) or (N, C)
         for block in self.h:
-            x = block(x, cache, packed)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cache, packed, use_reentrant=False)
+            else:
+                x = block(x, cache, packed)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.ln_f(x)
+
+
+    def freeze(self, unfrozen):
+        """Let only the last `unfrozen` blocks and the last layer norm learn."""
+        self.requires_grad_(False)
+        for part in (*self.h[len(self.h) - unfrozen:], self.ln_f):
+            part.requires_grad_(True)
 
 
 class LanguageModel(nn.Module):

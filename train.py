@@ -41,7 +41,8 @@ from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
 from data.toy.world import World
 from evaluate import evaluate_split, evaluate_splits, exact_traces, load_splits, print_table
-from generator import GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator
+from generator import (GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator,
+                       with_pretrained_sizes)
 from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, update
 from regularizer import REGULARIZERS
 
@@ -62,6 +63,7 @@ class TrainConfig:
     lm_weight: float = 1.0          # weight of L_SFT; 0 leaves it out
     lm_trunk_gradient: float = 1e-3 # share of L_SFT's gradient that reaches the trunk
     seed: int = 0                   # reward head and order of the data
+    init_from: str = ""             # pretrained weights for generator and reward model: gpt2, ..., or a folder (generator.py)
     n_layer: int = 2                # transformer blocks (these four are the generator's as well)
     n_head: int = 4                 # attention heads
     n_embd: int = 64                # channels
@@ -78,6 +80,8 @@ class TrainConfig:
     save_interval: int = 40         # updates between checkpoints
     device: str = "auto"            # auto, cpu, cuda, cuda:N
     dtype: str = "auto"             # auto (bfloat16 on CUDA), float32, bfloat16
+    unfrozen: int = -1              # blocks that learn, the last ones, with the last layer norm and the heads; -1: everything
+    recompute: bool = False         # keep no activations inside the blocks: less memory, a third more work
     compile: bool = False           # torch.compile the reward model
     strict: bool = False            # stop at the first bad row
     overwrite: bool = False         # start over where out_dir holds another run
@@ -107,7 +111,7 @@ def against_nobody(rewards, probs, mask, correct):
 def obtain_generator(config):
     """The frozen generator in config.generator, trained or continued there first, of the data and sizes asked for."""
     folder = Path(config.generator)
-    shared = {key: getattr(config, key) for key in ("dataset", "n_layer", "n_head", "n_embd", "block_size")}
+    shared = {key: getattr(config, key) for key in ("dataset", "init_from", "n_layer", "n_head", "n_embd", "block_size")}
     settings = GeneratorConfig(**shared, dtype=config.dtype, strict=config.strict)
     if (folder / "ckpt.pt").exists():
         settings = GeneratorConfig(**load_checkpoint(folder, "generator")["settings"])
@@ -222,6 +226,9 @@ def train(config):
 
     torch.manual_seed(config.seed)
     model = RewardModel.from_generator(generator).to(device)
+    model.transformer.recompute = config.recompute
+    if config.unfrozen >= 0:
+        model.transformer.freeze(config.unfrozen)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     first = run.restore(model, optimizer)
     S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
@@ -279,10 +286,13 @@ def main(config):
         config, generator=config.generator or f"out/{config.dataset}-generator",
         out_dir=config.out_dir or f"out/{config.dataset}-{config.regularizer}-seed{config.seed}")
     config = start_processes(config)
+    with first_process_first():     # downloads, if there are any
+        config = with_pretrained_sizes(config)
     show(config)
     in_range(config, 1, 10**9, "steps", "batch_size", "accumulate", "log_interval", "eval_interval", "save_interval")
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay", "lm_weight")
     in_range(config, 0, 1, "reg_weight", "lm_trunk_gradient")
+    in_range(config, -1, config.n_layer, "unfrozen")
     in_range(config, 1e-9, 1e9, "temperature")
     in_range(config, 1e-9, 1, "top_p")
     in_range(config, 1e-9, 1e9, "clip")

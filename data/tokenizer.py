@@ -24,7 +24,7 @@ class Tokenizer:
 
     def __init__(self, encoding, name):
         self.encoding, self.name = encoding, name
-        self.end_of_text = encoding.eot_token
+        self.end_of_text, self.split = encoding.eot_token, encoding._pat_str
         self.vocab_size = encoding.n_vocab
         self.fingerprint = fingerprint(name, self.vocabulary())
 
@@ -42,12 +42,15 @@ class Tokenizer:
         return [decoder.decode(b"" if token == self.end_of_text else self.encoding.decode_single_token_bytes(token))
                 for token in map(int, tokens)]
 
+    def ranks(self):
+        """{bytes: rank} of every token but end-of-text."""
+        return {self.encoding.decode_single_token_bytes(rank): rank for rank in range(self.end_of_text)}
+
     def vocabulary(self):
         """The vocabulary in tiktoken's file format ('' for GPT-2's, which tiktoken brings itself)."""
         if self.name == "gpt2":
             return ""
-        ranked = [self.encoding.decode_single_token_bytes(rank) for rank in range(self.end_of_text)]
-        return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranked))
+        return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks().items())
 
     def to_dict(self):
         return {"name": self.name, "vocabulary": self.vocabulary(), "fingerprint": self.fingerprint}
