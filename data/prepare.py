@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, fingerprint, in_range, run_script, show, write_json
+from config import UserError, fingerprint, in_range, run_script, show, write_atomically, write_json
 from data import tokenizer as tokenizers
 from data.pairs import BadRow, Labelled, decode_row, lines_of, read_candidates, read_labelled, read_pairs
 
@@ -130,6 +130,25 @@ def prepare_candidates(name, path, candidates, config):
     if any(correct not in (0, 1) for item in candidates for correct in item.correct):
         raise UserError(f"{path}: candidates to train on are correct or not (true or false)")
     prepare_rows(name, path, labelled, config, "labels", candidates)
+
+
+def from_hub(name, folder, **options):
+    """Fetch a dataset of the hub with the `datasets` package, as a JSONL file in folder; returns its path."""
+    try:
+        from datasets import load_dataset
+        load_dataset(name, **options).to_json(path := f"{folder}/rows.jsonl", force_ascii=False)
+        return path
+    except Exception as error:  # the package and the network fail in many ways
+        raise UserError(f"{name} could not be downloaded ({type(error).__name__}); `pip install datasets` and connect, or "
+                        "pass a local copy of it as JSONL with --input=FILE") from None
+
+
+def write_benchmark(name, path, strict):
+    """Check a benchmark's rows and copy them to data/NAME/test.jsonl, for evaluate.py; nothing is trained on them."""
+    pairs, _ = read_pairs(path, strict, as_dialogue=True)
+    target, text = dataset_folder(name) / "test.jsonl", "\n".join(lines_of(path))
+    write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"wrote {target}: {len(pairs)} pairs")
 
 
 def first_row(path):

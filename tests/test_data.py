@@ -1,6 +1,7 @@
 """Reading, checking, tokenising and batching."""
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -311,6 +312,58 @@ def test_gsm8k_real_file(real_data):
     found, bad = read_rows(real_data / "gsm8k_model_solutions.jsonl", parse_gsm8k, strict=False)
     assert len(found) + bad == 1319 and sum(sum(item.correct) for item in found) / sum(len(item.correct) for item in found) \
         == pytest.approx(0.3793, abs=1e-3)
+
+
+def conversation(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts)]
+
+
+def test_unified_feedback_drops_equal_ratings_first_and_then_keeps_every_so_many(tmp_path, monkeypatch):
+    from data.unified_feedback import prepare as unified
+    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
+    rows = [{"id": i, "source": "s", "conv_A": conversation(f"question {i}", f"good {i}"), "conv_B": conversation(f"question {i}", f"bad {i}"),
+             "conv_A_rating": float(i % 3), "conv_B_rating": 1.0} for i in range(60)]
+    source = write(tmp_path / "rows.jsonl", *rows, {"conv_A": [], "conv_B": []})
+    unified.main(parse(unified.UnifiedConfig, [f"--input={source}", "--every=2", "--tokenizer=bpe:300", "--val_share=0.3"]))
+    dataset = data.prepare.open_dataset("unified_feedback")
+    pairs = [pair for split in ("train", "val") for pair in read_pairs(dataset.path(split))[0]]
+    unequal = [i for i in range(60) if i % 3 != 1]
+    assert sorted(int(pair.id) for pair in pairs) == unequal[::2]
+    for pair in pairs:
+        i = int(pair.id)
+        assert pair.prompt == f"\n\nHuman: question {i}\n\nAssistant:" and pair.subset == "s"
+        assert pair.chosen == (f" good {i}" if i % 3 == 2 else f" bad {i}")
+
+
+def test_skywork_rows_are_two_conversations_with_a_common_start(tmp_path, monkeypatch):
+    from data.skywork import prepare as skywork
+    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
+    rows = [{"chosen": conversation("hi", "hello", f"q{i}", "yes"), "rejected": conversation("hi", "hello", f"q{i}", "no"), "source": "magpie"}
+            for i in range(30)]
+    skywork.main(parse(skywork.SkyworkConfig, [f"--input={write(tmp_path / 'rows.jsonl', *rows)}", "--tokenizer=bpe:300", "--val_share=0.3"]))
+    pair = read_pairs(data.prepare.open_dataset("skywork").path("train"))[0][0]
+    assert pair.prompt.startswith("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: q") and (pair.chosen, pair.rejected) == (" yes", " no")
+
+
+def test_benchmarks_are_checked_and_kept_as_they_are(tmp_path, monkeypatch, capsys):
+    from data.rewardbench import prepare as rewardbench
+    from data.rm_bench import prepare as rm_bench
+    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
+    pair = {"id": 1, "prompt": "q", "chosen": "a", "rejected": "b", "subset": "alpacaeval-easy"}
+    styles = {"id": 1, "prompt": "q", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"], "domain": "chat"}
+    for module, row, count in ((rewardbench, pair, 1), (rm_bench, styles, 9)):
+        source = write(tmp_path / f"{module.BenchmarkConfig.name}.jsonl", row)
+        module.main(parse(module.BenchmarkConfig, [f"--input={source}"]))
+        found, _ = read_pairs(tmp_path / "data" / module.BenchmarkConfig.name / "test.jsonl", as_dialogue=True)
+        assert len(found) == count and found[0].prompt == "\n\nHuman: q\n\nAssistant:" and f"{count} pairs" in capsys.readouterr().out
+        assert found[0].subset == row.get("subset", row.get("domain"))
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
+    from data.skywork import prepare as skywork
+    monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
+    with pytest.raises(UserError, match="Skywork.* could not be downloaded .*--input=FILE"):
+        skywork.main(skywork.SkyworkConfig())
 
 
 def test_the_name_of_a_dataset_with_its_own_prepare_py_is_refused(tmp_path):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from config import UserError, run_script, show
+from config import run_script, show
 from data.pairs import TURN, BadRow, check_text, checked, read_rows
-from data.prepare import prepare_rows
+from data.prepare import from_hub, prepare_rows
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,10 @@ def parse(row):
     return [checked(prompt + turn, chosen, rejected)]
 
 
-def download(subset, folder):
-    """Fetch the training rows into a JSONL file in folder; returns its path."""
-    try:
-        from datasets import load_dataset
-        load_dataset("Anthropic/hh-rlhf", data_dir=subset, split="train").to_json(path := f"{folder}/train.jsonl")
-        return path
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"HH-RLHF could not be downloaded ({type(error).__name__}); `pip install datasets` and "
-                        "connect, or pass a local copy of its train.jsonl.gz with --input=FILE") from None
-
-
 def main(config):
     show(config)
     with tempfile.TemporaryDirectory() as folder:
-        path = config.input or download(config.subset, folder)
+        path = config.input or from_hub("Anthropic/hh-rlhf", folder, data_dir=config.subset, split="train")
         pairs, _ = read_rows(path, parse, config.strict)
     prepare_rows(config.name, path, pairs, config)
 
