@@ -61,12 +61,12 @@ class BenchConfig:
 def random_pairs(lengths, config, turn, pairs):
     """One batch of a turn: pairs of Rows with these lengths of prompt, chosen and rejected, and p of each response token."""
     rng = np.random.default_rng([config.seed, turn])
-    draw = lambda n: rng.integers(config.vocab_size, size=n).astype(np.int32)
+    tokens = lambda n: rng.integers(config.vocab_size, size=n).astype(np.int32)
     found = []
     for i in rng.permutation(len(lengths))[:pairs]:
         prompt, chosen, rejected = lengths[i]
-        prompt = draw(min(prompt, config.block_size - max(chosen, rejected)))
-        found.append((Row(prompt, draw(chosen), False), Row(prompt, draw(rejected), False)))
+        prompt = tokens(min(prompt, config.block_size - max(chosen, rejected)))
+        found.append((Row(prompt, tokens(chosen), False), Row(prompt, tokens(rejected), False)))
     rows = pair_rows(found)
     return rows, [rng.random(len(row.response), np.float32) for row in rows]
 
@@ -89,7 +89,7 @@ class Bench:
         """The gradient of one batch by the tricks up to this one, and an update; returns the terms of the loss."""
         level = TRICKS.index(trick) if trick in TRICKS else len(TRICKS)
         batch = collate(rows, probs).to(self.device)
-        if level >= TRICKS.index(TRICKS[-1]):
+        if level >= len(TRICKS) - 1:
             forward = self.compiled if trick not in TRICKS else self.model
             self.S, terms = backward(self.settings, forward, rows, batch, len(rows) // 2, True, self.S)
         else:
@@ -105,7 +105,7 @@ class Bench:
             if level < 1:
                 with torch.no_grad():
                     p = every_logprob(self.generator.transformer(tokens), self.generator.lm_head, tokens).exp()     # (2B, T-1)
-            packed = pack(rows, B, share_prompts=False).to(self.device)
+            packed = pack(rows, B, share_prompts=False).to(self.device) if level >= 2 else None
             if level < 3:
                 hidden = self.model.transformer(tokens)                                                             # (2B, T, C)
                 rewards = (hidden.float() * self.model.score.weight[0]).sum(-1)                                     # (2B, T)
@@ -166,7 +166,7 @@ def bench_steps(bench, lengths, peak, name):
     """Every trick on the same batches in turn -> (rows of the table, the summary of this set of lengths)."""
     config, device = bench.config, bench.device
     variants = list(TRICKS) + ["+ torch.compile"] * config.compile
-    times, peaks, work, real, pairs = {variant: [] for variant in variants}, [], [], [], []
+    times, peaks, work, real = {variant: [] for variant in variants}, [], [], []
     read, share = {variant: [] for variant in variants}, []
     for turn in tqdm(range(-2 if config.compile else -1, config.repeats), f"steps, {name}", disable=None, leave=False):
         rows, probs = random_pairs(lengths, config, turn + 2, config.pairs)
@@ -180,7 +180,8 @@ def bench_steps(bench, lengths, peak, name):
         peaks.append(peak())
         work.append(useful_work(rows, config, config.vocab_size))
         real.append(sum(map(len, rows)))
-        share.append(seconds(lambda: regularizer_alone(rows, probs, device), device) / found[TRICKS[-1]])
+        batch = collate(rows, probs).to(device)
+        share.append(seconds(lambda: regularizer_alone(batch), device) / found[TRICKS[-1]])
     plain, fast = np.array(times[TRICKS[0]]), np.array(times[TRICKS[-1]])
     rows = []
     for variant in variants:
@@ -194,10 +195,9 @@ def bench_steps(bench, lengths, peak, name):
             "regularizer_share": float(np.median(share)), "peak": float(np.median(peaks)), "steps": rows}
 
 
-def regularizer_alone(rows, probs, device):
+def regularizer_alone(batch):
     """What the regularizer adds to a step: its own forward and backward pass, down to the rewards."""
-    batch = collate(rows, probs).to(device)
-    rewards = torch.zeros(batch.mask.shape, device=device, requires_grad=True)
+    rewards = torch.zeros(batch.mask.shape, device=batch.mask.device, requires_grad=True)
     icrm(rewards, batch.probs, batch.mask)[0].backward()
 
 
@@ -210,7 +210,7 @@ def bare_fraction(bench, peak, width=256):
 
     def step():
         with autocast(device, config.dtype):
-            rewards = bench.model(pack(rows, 0).to(device))
+            rewards, _ = bench.model(pack(rows, 0).to(device))
         bradley_terry(rewards, batch.last)[0].backward()
         update(bench.model, bench.optimizer, 1e-5, 1.0)
     for _ in range(config.repeats + 1):
@@ -270,13 +270,15 @@ def peak_memory(config, trick, lengths):
 
 def main(config):
     show(config)
-    in_range(config, 1, 10**6, "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "pairs", "repeats", "memory_pairs", "new_tokens", "samples")
+    in_range(config, 1, 10**6, "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "repeats", "samples")
     device = pick_device(config.device)
     lengths = json.loads(LENGTHS.read_text())
     names = config.lengths.split(",")
     for name in names:
         choose("lengths", name, lengths)
         in_range(config, 1 + max(max(responses) for _, *responses in lengths[name]), 10**6, "block_size")
+        in_range(config, 1, len(lengths[name]), "pairs", "memory_pairs")
+    in_range(config, 1, config.block_size - 64, "new_tokens")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
     bench, peak = Bench(config, device), matrix_peak(device, config.dtype)
     results = {"device": where, "torch": torch.__version__, "settings": dataclasses.asdict(config)}

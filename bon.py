@@ -151,8 +151,6 @@ def worth_by_judge(judge, tokenizer, device):
     """What another reward model makes of the responses, as a function for sample_candidates."""
     def worth(prompt, texts):
         rows = [make_row(prompt, text, tokenizer, judge.transformer.config.block_size) for text in texts]
-        if None in rows:
-            raise UserError("a sampled response is longer than the judge's context; lower --max_new_tokens")
         return [float(r[-1]) for r in score(judge, rows, device)]
     return worth
 
@@ -193,6 +191,9 @@ def obtain_candidates(tokenizer, checkpoint, config, device):
     for what, other in (("generator", found), ("judge", judges_tokenizer)):
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"the {what} and the reward model read different vocabularies")
+    if judge and judge.transformer.config.block_size < generator.transformer.config.block_size:
+        raise UserError(f"the judge has a context of {judge.transformer.config.block_size} tokens, "
+                        f"the generator one of {generator.transformer.config.block_size}")
     prompts = toy_questions(config) if is_toy else open_dataset(settings["dataset"]).prompts("val")[:config.prompts]
     worth_of = worth_by_judge(judge, tokenizer, device) if judge else worth_of_gold
     return sample_candidates(generator, tokenizer, prompts, worth_of, config, device)
@@ -206,6 +207,8 @@ def main(config):
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, device)
     skipped = 0
+    if config.candidates and config.judge:
+        raise UserError("one thing at a time: --candidates=FILE says what its responses are worth, --judge is for sampled ones")
     if config.candidates:
         candidates, skipped = read_candidates(config.candidates, config.strict, config.as_dialogue)
     else:

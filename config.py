@@ -165,18 +165,18 @@ class Run:
     the name of the first one that does not, and with overwrite=True starts over. `match` does
     the same for what the settings only name: the data, the vocabulary, the generator.
     """
-    FREE = ("out_dir", "overwrite", "device", "json", "judge", "answers")  # may differ between a run and its continuation
+    FREE = ("out_dir", "overwrite", "device", "json", "judge", "answers", "accumulate", "recompute", "compile")  # may differ between a run and its continuation
 
     def __init__(self, folder, kind, config, overwrite=False, writes=True):
         self.folder, self.kind, self.writes = Path(folder), kind, writes     # of several processes one writes
         self.settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in self.FREE}
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file, not a folder for a run")
-        self.checkpoint, self.inputs = None, {}
+        self.checkpoint, self.inputs, defaults = None, {}, {field.name: field.default for field in dataclasses.fields(config)}
         if (self.folder / "ckpt.pt").exists() and not overwrite:
             self.checkpoint = load_checkpoint(self.folder, kind)
             for key, value in self.settings.items():
-                found = self.checkpoint["settings"].get(key)
+                found = self.checkpoint["settings"].get(key, defaults[key])     # a setting of a later version
                 if found != value:
                     raise UserError(f"{self.folder} holds a run with --{key}={found}, not {value}; "
                                     "choose another folder, or start over with --overwrite=True")

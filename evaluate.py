@@ -33,7 +33,7 @@ from data.pairs import TURN, read_steps
 from data.prepare import open_dataset
 from data.toy.world import World, split_worlds
 from model import ModelConfig, RewardModel, pick_device
-from pretrained import export_reward_model, import_reward_model
+from pretrained import export_reward_model, import_reward_model, load_weights
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_reward_model(path, device):
     else:
         checkpoint = load_checkpoint(path, "reward model", device)
     model = RewardModel(ModelConfig(**checkpoint["model_config"])).to(device)
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint["model"], path)
     return model.eval(), tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
 
 
@@ -82,7 +82,7 @@ def score(model, rows, device, batch_size=64, name="response {}".format):
     distinct = list(index.values())
     found = {}
     for indices in in_length_order(distinct, batch_size):
-        rewards = model(pack([distinct[i] for i in indices], likelihoods=0).to(device)).cpu().numpy()
+        rewards = model(pack([distinct[i] for i in indices], likelihoods=0).to(device))[0].cpu().numpy()
         for i, row_rewards in zip(indices, rewards):
             row = distinct[i]
             found[row.prompt.tobytes(), row.response.tobytes()] = row_rewards[len(row.prompt):len(row)]

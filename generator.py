@@ -22,7 +22,7 @@ from data import tokenizer as tokenizers
 from data.batches import in_length_order, load_responses, pack, training_indices
 from data.prepare import open_dataset
 from model import (KVCache, LanguageModel, ModelConfig, autocast, learning_rate, make_optimizer, pick_device, update)
-from pretrained import load_weights, read_pretrained
+from pretrained import load_weights, obtain_folder, read_pretrained, read_sizes
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def with_pretrained_sizes(config):
     """Settings with the sizes of the weights that they start from, if any; those must know the dataset's tokens."""
     if not config.init_from:
         return config
-    sizes, _ = read_pretrained(config.init_from)
+    sizes = read_sizes(obtain_folder(config.init_from))
     vocab_size = open_dataset(config.dataset).tokenizer.vocab_size
     if sizes.vocab_size != vocab_size:
         raise UserError(f"{config.init_from} knows {sizes.vocab_size} tokens, the dataset {config.dataset} has {vocab_size}; "

@@ -139,7 +139,6 @@ class GPT(nn.Module):
             cache.length += tokens.size(1)
         return self.ln_f(x)
 
-
     def freeze(self, unfrozen):
         """Let only the last `unfrozen` blocks and the last layer norm learn."""
         self.requires_grad_(False)
@@ -181,17 +180,15 @@ class RewardModel(nn.Module):
         return model
 
     def forward(self, packed, lm_trunk_gradient=None):
-        """A Packed batch of R rows -> rewards (R, T) in fp32, one per prefix, any value on padding.
-
-        With lm_trunk_gradient, the share of L_SFT's gradient that reaches the trunk, also the log-probability of
-        each of its M response tokens, (M,).
-        """
+        """A Packed batch of R rows -> rewards (R, T) in fp32, one per prefix, any value on padding; and None, or with
+        lm_trunk_gradient, the share of L_SFT's gradient that reaches the trunk, the log-probability of each of its
+        M response tokens, (M,)."""
         hidden = self.transformer(packed.tokens, packed=packed)                         # (N, C)
         with torch.autocast(hidden.device.type, enabled=False):  # written as a sum: a matrix product may use TF32
             rewards = (hidden.float() * self.score.weight[0]).sum(-1)                   # (N,)
         rewards = rewards[packed.rows]                                                  # (R, T)
         if lm_trunk_gradient is None:
-            return rewards
+            return rewards, None
         return rewards, token_logprobs(scale_gradient(hidden, lm_trunk_gradient), self.lm_head, packed)
 
 
@@ -203,17 +200,19 @@ def scale_gradient(x, s):
 def token_logprobs(hidden, lm_head, packed):
     """log P(y_t | all before it) of the response tokens asked for in a Packed batch, from hidden (N, C): (M,) in fp32.
 
-    Logits are made for those positions only, LOGITS of them at a time, and made again in the backward pass where
-    that takes more than one time.
+    Logits are made for those positions only, at most LOGITS at a time, and made again in the backward pass where they
+    come in several parts (2, 4, 8, ..., so that few numbers of parts are ever compiled).
     """
     def logprobs(states, targets):
         return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
 
-    states, chunk = F.embedding(packed.sources, hidden), max(1, LOGITS // lm_head.out_features)     # (M, C)
-    if len(states) <= chunk:
+    states, parts = F.embedding(packed.sources, hidden), 1                              # (M, C)
+    while len(states) > parts * max(1, LOGITS // lm_head.out_features):
+        parts *= 2
+    if parts == 1:
         return logprobs(states, packed.targets)
     return torch.cat([checkpoint(logprobs, *part, use_reentrant=False)
-                      for part in zip(states.split(chunk), packed.targets.split(chunk))])
+                      for part in zip(states.tensor_split(parts), packed.targets.tensor_split(parts))])
 
 
 def make_optimizer(model, learning_rate, weight_decay):

@@ -1,7 +1,7 @@
 """Weights in Hugging Face's layout of GPT-2: read them to start from, write a reward model for other tools.
 
-    python generator.py --init_from=gpt2 --dataset=mine             published weights, downloaded once
-    python train.py --init_from=FOLDER --dataset=mine               a folder with config.json and weights
+    python generator.py --init_from=gpt2 --dataset=mine ...         published weights, downloaded once
+    python train.py --init_from=gpt2 --dataset=mine ...             after it: the reward model starts from the generator
     python evaluate.py --checkpoint=CKPT --export=FOLDER            a one-label GPT2ForSequenceClassification
 
 The layout is GPT-2's own names (model.py has them too) with the matrices of every block transposed. Files are
@@ -10,6 +10,7 @@ and the raw bytes that it points into. Left out: weights in several files, and o
 """
 import dataclasses
 import hashlib
+import http.client
 import json
 import struct
 import urllib.error
@@ -81,40 +82,70 @@ def obtain_folder(name):
         if not (folder / file).exists():
             try:
                 download(URL.format(name=name, file=file), folder / file, SHA256.get(f"{name}/{file}"))
-            except (urllib.error.URLError, OSError, TimeoutError) as error:
-                raise UserError(f"{name} could not be downloaded ({type(error).__name__}); put its config.json and model.safetensors "
+            except NetworkError as error:
+                raise UserError(f"{name} could not be downloaded ({error}); put its config.json and model.safetensors "
                                 f"(huggingface.co/openai-community/{name}) into {folder}, or pass a folder that has them") from None
     return folder
 
 
-def download(url, path, sha256=None):
-    """Fetch a file and check it by its sha256: the one given, or the one that the hub itself names for large files."""
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
-        tag = (answer.headers.get("X-Linked-ETag") or "").strip('"')
-    expected = sha256 or (tag if len(tag) == 64 else None)
+class NetworkError(Exception):
+    """What went wrong on the way, in a word or two."""
 
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None     # so that the redirect itself is the answer
+
+
+def sha256_of(url):
+    """What the hub says that a large file's sha256 is, in the redirect to its storage; None for small files."""
+    try:
+        with urllib.request.build_opener(NoRedirect).open(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
+            headers = answer.headers
+    except urllib.error.HTTPError as error:
+        if error.code >= 400:
+            raise
+        headers = error.headers
+    tag = (headers.get("X-Linked-ETag") or "").strip('"')
+    return tag if len(tag) == 64 else None
+
+
+def download(url, path, sha256=None):
+    """Fetch a file; kept only if it is whole and its sha256 is the one given, or the one that the hub names."""
     def write(temporary):
-        digest = hashlib.sha256()
-        with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as file:
-            total = int(source.headers.get("Content-Length") or 0)
-            with tqdm(total=total, desc=Path(path).name, unit="B", unit_scale=True, disable=None, leave=False) as progress:
-                while part := source.read(1 << 20):
-                    file.write(part), digest.update(part), progress.update(len(part))
+        digest, received = hashlib.sha256(), 0
+        try:
+            expected = sha256 or sha256_of(url)
+            with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as file:
+                total = int(source.headers.get("Content-Length") or 0)
+                with tqdm(total=total, desc=Path(path).name, unit="B", unit_scale=True, disable=None, leave=False) as progress:
+                    while part := source.read(1 << 20):
+                        file.write(part), digest.update(part), progress.update(len(part))
+                        received += len(part)
+        except (OSError, http.client.HTTPException) as error:
+            raise NetworkError(getattr(error, "code", None) or type(error).__name__) from None
+        if received < total:
+            raise NetworkError(f"{received} of {total} bytes came")
         if expected and digest.hexdigest() != expected:
-            raise UserError(f"{url} came with sha256 {digest.hexdigest()[:16]}..., not {expected[:16]}...; nothing was kept, try again")
+            raise NetworkError(f"its sha256 is {digest.hexdigest()[:12]}..., not {expected[:12]}...")
     write_atomically(path, write)
 
 
 # Names and shapes -----------------------------------------------------------------------------------
 
+def read_sizes(folder):
+    """A folder's config.json -> ModelConfig."""
+    try:
+        sizes = json.loads((folder / "config.json").read_text())
+        return ModelConfig(*(int(sizes[key]) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json is missing, or not that of a GPT-2 ({type(error).__name__})") from None
+
+
 def read_pretrained(name):
     """A name in NAMES or a folder -> (ModelConfig, {name: tensor} under model.py's names and shapes)."""
     folder = obtain_folder(name)
-    try:
-        sizes = json.loads((folder / "config.json").read_text())
-        config = ModelConfig(*(int(sizes[key]) for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is missing, or not that of a GPT-2 ({type(error).__name__})") from None
+    config = read_sizes(folder)
     if (folder / "model.safetensors").exists():
         state = read_safetensors(folder / "model.safetensors")
     elif (folder / "pytorch_model.bin").exists():
@@ -196,7 +227,7 @@ def export_reward_model(model, tokenizer, checkpoint, folder):
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PAD,
         "model_max_length": config.block_size, "clean_up_tokenization_spaces": False})
-    write_json(folder / "icrm.json", {"kind": "reward model", "tokenizer": tokenizer.to_dict()} |
+    write_json(folder / "icrm.json", {"tokenizer": tokenizer.to_dict()} |
                {key: checkpoint[key] for key in ("settings", "dataset_kind")})
 
 
@@ -216,11 +247,11 @@ def merges_of(ranks):
 def import_reward_model(folder):
     """A folder that export_reward_model wrote -> what a checkpoint holds."""
     try:
-        checkpoint = json.loads((Path(folder) / "icrm.json").read_text())
-    except ValueError:
+        stored = json.loads((Path(folder) / "icrm.json").read_text())
+        checkpoint = {key: stored[key] for key in ("tokenizer", "settings", "dataset_kind")}
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder}/icrm.json is damaged; export the model again") from None
     config, state = read_pretrained(str(folder))
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][:-1]      # without padding's row
-    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-    sizes = dataclasses.asdict(config) | {"vocab_size": config.vocab_size - 1}
-    return checkpoint | {"model": state, "model_config": sizes}
+    if "transformer.wte.weight" in state:
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][:-1]      # without padding's row
+    return checkpoint | {"model": state, "model_config": dataclasses.asdict(config) | {"vocab_size": config.vocab_size - 1}}

@@ -15,15 +15,12 @@ cross-entropy takes the place of L_BT (the paper's mathematics runs, with p at -
     torchrun --standalone --nproc_per_node=K train.py       K processes share each batch, on K GPUs where there are any
 
 With them, or with --accumulate=K, the result is that of one process with the same batch: every mean of the
-objective is over the whole batch. Left out: a model that does not fit on one device.
+objective is over the whole batch.
 """
 import contextlib
 import dataclasses
-import os
-import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +41,7 @@ from evaluate import evaluate_split, evaluate_splits, exact_traces, load_splits,
 from generator import (GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator,
                        with_pretrained_sizes)
 from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, update
+from parallel import first_process_first, part_of_batch, processes, start_processes
 from regularizer import REGULARIZERS
 
 
@@ -113,6 +111,10 @@ def obtain_generator(config):
     folder = Path(config.generator)
     shared = {key: getattr(config, key) for key in ("dataset", "init_from", "n_layer", "n_head", "n_embd", "block_size")}
     settings = GeneratorConfig(**shared, dtype=config.dtype, strict=config.strict)
+    if config.init_from and not (folder / "ckpt.pt").exists():
+        raise UserError("pretrained weights want a gentle generator; train it first: python generator.py "
+                        f"--dataset={config.dataset} --init_from={config.init_from} --block_size={config.block_size} "
+                        f"--out_dir={config.generator} --learning_rate=2e-5 --steps=N")
     if (folder / "ckpt.pt").exists():
         settings = GeneratorConfig(**load_checkpoint(folder, "generator")["settings"])
         for key, value in shared.items():
@@ -141,28 +143,6 @@ def obtain_probs(config, dataset, generator, rows):
     return stored_probs(generator, rows, folder, config.temperature, config.top_p)
 
 
-def processes():
-    """(number of this process, how many torchrun started)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The first process runs the block before the others do, and these find what it has made."""
-    rank, world = processes()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if world > 1 and rank == 0:
-        dist.barrier()
-
-
-def part_of_batch(part, parts, chosen, rows, paired):
-    """Which of a batch's rows make up one of its parts, and how many of these are chosen (they come first)."""
-    items = np.arange(part, chosen if paired else rows, parts)
-    return (np.concatenate([items, chosen + items]), len(items)) if paired else (items, int((items < chosen).sum()))
-
-
 def backward(config, forward, rows, batch, chosen, paired, S):
     """Add up the gradient of the objective over this process's parts of a batch -> (new S, the terms of the loss).
 
@@ -178,8 +158,9 @@ def backward(config, forward, rows, batch, chosen, paired, S):
         numbers.append(torch.from_numpy(some).to(device, non_blocking=True))
         packs.append(pack([rows[i] for i in some], likelihoods, batch.mask.size(1)).to(device))
     everyone = torch.zeros(batch.mask.shape, device=device)                             # (2B, T)
+    share = config.lm_trunk_gradient if config.lm_weight > 0 else None
     with autocast(device, config.dtype), torch.set_grad_enabled(not several):
-        outputs = [forward(packed, config.lm_trunk_gradient) for packed in packs]       # (rows, T), (M,) of each part
+        outputs = [forward(packed, None if several else share) for packed in packs]     # (rows, T), (M,) of each part
     for some, (rewards, _) in zip(numbers, outputs):
         everyone[some] = rewards.detach()
     if world > 1:
@@ -189,10 +170,10 @@ def backward(config, forward, rows, batch, chosen, paired, S):
         with forward.no_sync() if world > 1 and k < len(packs) - 1 else contextlib.nullcontext():
             if several:
                 with autocast(device, config.dtype):
-                    outputs[k] = forward(packed, config.lm_trunk_gradient)
+                    outputs[k] = forward(packed, share)
             rewards, logprobs = outputs[k]
             rewards = everyone.index_copy(0, some, rewards)                             # (2B, T)
-            lm = length_normalised_nll(logprobs, packed, max(1, chosen))
+            lm = length_normalised_nll(logprobs, packed, max(1, chosen)) if logprobs is not None else torch.zeros((), device=device)
             if paired:
                 outcome, margins = bradley_terry(rewards, batch.last)
                 reg, scale = regularize(rewards, batch.probs, batch.mask)
@@ -229,6 +210,7 @@ def train(config):
     model.transformer.recompute = config.recompute
     if config.unfrozen >= 0:
         model.transformer.freeze(config.unfrozen)
+    model.lm_head.requires_grad_(config.lm_weight > 0)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     first = run.restore(model, optimizer)
     S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
@@ -266,19 +248,6 @@ def train(config):
         if saves:
             save(done)
     return model, dataset, data, splits
-
-
-def start_processes(config):
-    """Join the other processes, where torchrun started this one; the first one alone prints. -> config, with its device"""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        device = pick_device(config.device).type
-        if device == "cuda":
-            config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(pick_device(config.device))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))  # a generator takes its time
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-    return config
 
 
 def main(config):

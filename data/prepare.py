@@ -132,7 +132,7 @@ def prepare_candidates(name, path, candidates, config):
     prepare_rows(name, path, labelled, config, "labels", candidates)
 
 
-def from_hub(name, folder, **options):
+def from_hub(name, folder, /, **options):
     """Fetch a dataset of the hub with the `datasets` package, as a JSONL file in folder; returns its path."""
     try:
         from datasets import load_dataset
@@ -143,10 +143,20 @@ def from_hub(name, folder, **options):
                         "pass a local copy of it as JSONL with --input=FILE") from None
 
 
-def write_benchmark(name, path, strict):
-    """Check a benchmark's rows and copy them to data/NAME/test.jsonl, for evaluate.py; nothing is trained on them."""
-    pairs, _ = read_pairs(path, strict, as_dialogue=True)
-    target, text = dataset_folder(name) / "test.jsonl", "\n".join(lines_of(path))
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    input: str = ""             # a local copy as JSONL (.gz is read too); empty: download
+    strict: bool = False        # stop at the first bad row
+
+
+def write_benchmark(config, name, hub, **options):
+    """Check a benchmark's rows, local or the hub's, and copy them to data/NAME/test.jsonl for evaluate.py; none is trained on."""
+    show(config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = config.input or from_hub(hub, folder, **options)
+        pairs, _ = read_pairs(path, config.strict, as_dialogue=True)
+        text = "\n".join(lines_of(path))
+    target = dataset_folder(name) / "test.jsonl"
     write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"wrote {target}: {len(pairs)} pairs")
 

@@ -55,3 +55,7 @@ def test_unknown_lengths_are_refused():
         bench.main(config(lengths="hh,mine"))
     with pytest.raises(UserError, match="--block_size must be from"):
         bench.main(config(block_size=256))
+    with pytest.raises(UserError, match="--pairs must be from 1 to 512"):
+        bench.main(config(pairs=600))
+    with pytest.raises(UserError, match="--new_tokens must be from 1 to 960"):
+        bench.main(config(new_tokens=1000))

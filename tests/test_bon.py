@@ -75,6 +75,8 @@ def test_sampled_responses_to_real_prompts_are_worth_a_judges_reward(inside, cap
         bon.main(parse(bon.BonConfig, settings))
     with pytest.raises(UserError, match="raise --max_new_tokens"):
         bon.main(parse(bon.BonConfig, [*settings, "--judge=out/plain-1", "--max_new_tokens=1"]))
+    with pytest.raises(UserError, match="one thing at a time"):
+        bon.main(parse(bon.BonConfig, [*settings, "--judge=out/plain-1", "--candidates=x.jsonl"]))
     for judge in (0, 1):
         bon.main(parse(bon.BonConfig, [*settings, f"--judge=out/plain-{judge}"]))
         rows = json.loads((inside / "judged.json").read_text())["curve"]

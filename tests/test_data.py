@@ -1,5 +1,6 @@
 """Reading, checking, tokenising and batching."""
 import gzip
+import importlib
 import json
 import sys
 
@@ -351,19 +352,21 @@ def test_benchmarks_are_checked_and_kept_as_they_are(tmp_path, monkeypatch, caps
     monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
     pair = {"id": 1, "prompt": "q", "chosen": "a", "rejected": "b", "subset": "alpacaeval-easy"}
     styles = {"id": 1, "prompt": "q", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"], "domain": "chat"}
-    for module, row, count in ((rewardbench, pair, 1), (rm_bench, styles, 9)):
-        source = write(tmp_path / f"{module.BenchmarkConfig.name}.jsonl", row)
+    for module, name, row, count in ((rewardbench, "rewardbench", pair, 1), (rm_bench, "rm_bench", styles, 9)):
+        source = write(tmp_path / f"{name}.jsonl", row)
         module.main(parse(module.BenchmarkConfig, [f"--input={source}"]))
-        found, _ = read_pairs(tmp_path / "data" / module.BenchmarkConfig.name / "test.jsonl", as_dialogue=True)
+        found, _ = read_pairs(tmp_path / "data" / name / "test.jsonl", as_dialogue=True)
         assert len(found) == count and found[0].prompt == "\n\nHuman: q\n\nAssistant:" and f"{count} pairs" in capsys.readouterr().out
         assert found[0].subset == row.get("subset", row.get("domain"))
 
 
-def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch):
-    from data.skywork import prepare as skywork
+@pytest.mark.parametrize("name", ["hh_rlhf", "unified_feedback", "skywork", "rewardbench", "rm_bench"])
+def test_a_hub_that_cannot_be_reached_says_what_to_do(name, monkeypatch):
+    script = importlib.import_module(f"data.{name}.prepare")
+    settings = next(value for key, value in vars(script).items() if key.endswith("Config"))
     monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
-    with pytest.raises(UserError, match="Skywork.* could not be downloaded .*--input=FILE"):
-        skywork.main(skywork.SkyworkConfig())
+    with pytest.raises(UserError, match="could not be downloaded .*--input=FILE"):
+        script.main(settings())
 
 
 def test_the_name_of_a_dataset_with_its_own_prepare_py_is_refused(tmp_path):

@@ -1,5 +1,4 @@
 """Evaluation: exact counts, independence of the batch, and the truth of the toy world."""
-import dataclasses
 import json
 
 import numpy as np

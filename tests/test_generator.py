@@ -1,6 +1,4 @@
 """The generator: its probabilities, their cache, and sampling."""
-import dataclasses
-import math
 
 import numpy as np
 import pytest

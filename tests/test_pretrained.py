@@ -1,7 +1,9 @@
 """Weights in Hugging Face's layout: read to the same logits, written to be read by others."""
+import http.client
 import json
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ import pretrained
 import train
 from config import UserError, load_checkpoint, parse
 from conftest import small_run
-from data.batches import Row, pack
+from data.batches import Row
 from evaluate import load_reward_model, score
-from model import LanguageModel, ModelConfig, RewardModel
+from model import Block, LanguageModel, ModelConfig, RewardModel
 
 GPT2 = Path(__file__).parent / "gpt2"     # random weights and logits, both written by transformers 5.23
 
@@ -104,10 +106,10 @@ def test_damaged_and_missing_files_are_one_line_errors(tmp_path):
 
 
 class Answer:
-    """What urlopen returns."""
+    """What urlopen returns: a body that may break off, and headers."""
 
-    def __init__(self, content, etag):
-        self.content, self.headers = [content, b""], {"X-Linked-ETag": etag, "Content-Length": str(len(content))}
+    def __init__(self, body=b"", headers=()):
+        self.parts, self.headers = [body, b""], dict(headers)
 
     def __enter__(self):
         return self
@@ -116,25 +118,39 @@ class Answer:
         pass
 
     def read(self, _):
-        return self.content.pop(0)
+        return self.parts.pop(0)
 
 
-def test_a_download_is_checked_and_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(urllib.error.URLError("no network")))
-    with pytest.raises(UserError, match=f"gpt2 could not be downloaded .*config.json and model.safetensors .* into {tmp_path}/icrm/gpt2"):
-        pretrained.read_pretrained("gpt2")
-    right = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"      # sha256 of b"hello"
-    for etag, pinned in ((f'"{right}"', None), ("", right), ("", None)):
-        monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: Answer(b"hello", etag))
+HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"      # sha256 of b"hello"
+
+
+@pytest.mark.parametrize("named, pinned, body, length, message", [
+    (HELLO, None, b"hello", 5, None), ("", HELLO, b"hello", 5, None), ("", None, b"hello", 5, None),
+    ("", None, b"hell", 5, "4 of 5 bytes came"), (HELLO, None, b"jello", 5, "its sha256 is"), ("", HELLO, b"jello", 5, "its sha256 is"),
+])
+def test_a_download_is_kept_only_if_it_is_whole_and_what_was_published(tmp_path, monkeypatch, named, pinned, body, length, message):
+    """The hub names the sha256 in the redirect to its storage, not in the storage's own answer."""
+    redirect = urllib.error.HTTPError("https://x/file", 302, "Found", {"X-Linked-ETag": f'"{named}"'}, None)
+    opener = mock.Mock(open=mock.Mock(side_effect=redirect))
+    monkeypatch.setattr(pretrained.urllib.request, "build_opener", lambda *_: opener)
+    monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: Answer(body, {"Content-Length": length}))
+    if message is None:
         pretrained.download("https://x/file", tmp_path / "file", pinned)
         assert (tmp_path / "file").read_bytes() == b"hello"
-        (tmp_path / "file").unlink()
-    for etag, pinned in ((f'"{right}"', None), (f'"{right}"', right)):
-        monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_, **__: Answer(b"hell", etag))
-        with pytest.raises(UserError, match="nothing was kept"):
+    else:
+        with pytest.raises(pretrained.NetworkError, match=message):
             pretrained.download("https://x/file", tmp_path / "file", pinned)
-        assert not (tmp_path / "file").exists()
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no network"), TimeoutError(), http.client.IncompleteRead(b""),
+                                   urllib.error.HTTPError("u", 404, "Not Found", {}, None)])
+def test_without_a_network_the_error_says_what_to_put_where(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(pretrained, "sha256_of", lambda url: None)
+    monkeypatch.setattr(pretrained.urllib.request, "urlopen", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=f"gpt2 could not be downloaded .*config.json and model.safetensors .* into {tmp_path}/icrm/gpt2"):
+        pretrained.read_pretrained("gpt2")
 
 
 def test_generator_and_reward_model_start_from_the_weights_with_their_sizes(inside, tmp_path):
@@ -143,12 +159,15 @@ def test_generator_and_reward_model_start_from_the_weights_with_their_sizes(insi
     settings = dict(init_from=weights, generator=tmp_path / "generator", n_embd=32)
     with pytest.raises(UserError, match="--block_size=200 is more than the 160 positions"):
         train.main(parse(train.TrainConfig, small_run(tmp_path / "run", block_size=200, **settings)))
+    with pytest.raises(UserError, match=f"train it first: python generator.py --dataset=toy --init_from={weights}"):
+        train.main(parse(train.TrainConfig, small_run(tmp_path / "run", **settings)))
+    generator.main(parse(generator.GeneratorConfig, [f"--init_from={weights}", f"--out_dir={tmp_path / 'generator'}", "--steps=1",
+                                                     "--learning_rate=0", "--device=cpu"]))
+    still = load_checkpoint(tmp_path / "generator", "generator")["model"]
+    assert torch.equal(still["transformer.h.0.mlp.c_fc.weight"],
+                       pretrained.read_pretrained(str(weights))[1]["transformer.h.0.mlp.c_fc.weight"])
     train.main(parse(train.TrainConfig, small_run(tmp_path / "run", **settings)))
     assert load_checkpoint(tmp_path / "run", "reward model")["model_config"]["n_embd"] == 24
-    fresh = generator.GeneratorConfig(out_dir=str(tmp_path / "still"), init_from=str(weights), n_layer=1, n_head=2, n_embd=24, steps=1,
-                                      learning_rate=0.0, device="cpu")
-    still = generator.train_generator(fresh)
-    assert torch.equal(still.transformer.h[0].mlp.c_fc.weight, pretrained.read_pretrained(str(weights))[1]["transformer.h.0.mlp.c_fc.weight"])
     other = folder_of(tmp_path / "other", LanguageModel(ModelConfig(50, 160, 1, 2, 24)))
     with pytest.raises(UserError, match="knows 50 tokens, the dataset toy has"):
         train.main(parse(train.TrainConfig, small_run(tmp_path / "run2", **dict(settings, init_from=other))))
@@ -162,30 +181,42 @@ def test_an_exported_model_is_imported_with_the_same_rewards(inside, tmp_path):
     row = Row(np.array(tokenizer.encode("How is the bar?"), np.int32), np.array(tokenizer.encode(" good food") + [tokenizer.end_of_text], np.int32), False)
     assert np.array_equal(score(model, [row], "cpu")[0], score(again, [row], "cpu")[0])
     evaluate.main(parse(evaluate.EvalConfig, [f"--checkpoint={tmp_path / 'e'}"]))
-    (tmp_path / "e/icrm.json").write_text("{")
-    with pytest.raises(UserError, match="export the model again"):
+    for damage in ("{", "{}"):
+        (tmp_path / "e/icrm.json").write_text(damage)
+        with pytest.raises(UserError, match="export the model again"):
+            load_reward_model(tmp_path / "e", "cpu")
+    evaluate.main(parse(evaluate.EvalConfig, ["--checkpoint=out/run", f"--export={tmp_path / 'e'}"]))
+    state = pretrained.read_safetensors(tmp_path / "e/model.safetensors")
+    state.pop("transformer.wte.weight")
+    pretrained.write_safetensors(tmp_path / "e/model.safetensors", state)
+    with pytest.raises(UserError, match="the weights have no transformer.wte.weight"):
         load_reward_model(tmp_path / "e", "cpu")
 
 
-def test_only_the_last_blocks_learn_where_that_is_asked_for_and_recomputing_changes_nothing(inside):
+def test_only_the_last_blocks_and_the_heads_learn_where_that_is_asked_for(inside):
+    model = RewardModel(ModelConfig(50, 24, 3, 2, 16))
+    model.transformer.freeze(1)
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[2] for name in learns if ".h." in name} == {"2"} and "transformer.ln_f.weight" in learns
+    assert {"score.weight", "lm_head.weight"} <= learns and "transformer.wte.weight" not in learns
     start = load_checkpoint("out/toy-generator", "generator")["model"]
-    train.main(parse(train.TrainConfig, small_run("out/frozen", unfrozen=0)))
+    train.main(parse(train.TrainConfig, small_run("out/frozen", unfrozen=0, lm_weight=0)))
     model = load_checkpoint("out/frozen", "reward model")["model"]
-    assert torch.equal(model["transformer.wte.weight"], start["transformer.wte.weight"])
-    assert torch.equal(model["transformer.h.0.attn.c_attn.weight"], start["transformer.h.0.attn.c_attn.weight"])
-    assert not torch.equal(model["transformer.ln_f.weight"], start["transformer.ln_f.weight"])
-    train.main(parse(train.TrainConfig, small_run("out/recomputed", recompute=True)))
-    ours, plain = ([json.loads(line) for line in (inside / "out" / name / "log.jsonl").read_text().splitlines()] for name in ("recomputed", "run"))
+    changed = {name for name, tensor in model.items() if name in start and not torch.equal(tensor, start[name])}
+    assert changed == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+def test_recomputing_reads_every_block_twice_and_changes_no_loss(inside, monkeypatch):
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    counts = []
+    for recompute in (False, True):
+        calls.clear()
+        train.main(parse(train.TrainConfig, small_run(f"out/recomputed-{recompute}", recompute=recompute, eval_interval=99)))
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 12      # once more at each step, in the one block
+    ours, plain = ([json.loads(line) for line in (inside / f"out/recomputed-{recompute}/log.jsonl").read_text().splitlines()]
+                   for recompute in (True, False))
     for a, b in zip(ours, plain, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-
-
-def test_recomputing_gives_the_same_gradients(tiny):
-    packed, found = pack([Row(np.array([1, 2], np.int32), np.array([3, 4, 5], np.int32), False)]), []
-    for recompute in (False, True):
-        model = RewardModel(ModelConfig(50, 24, 2, 2, 16))
-        model.load_state_dict(tiny.model.state_dict())
-        model.transformer.recompute = recompute
-        model(packed).sum().backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.allclose(*found, atol=1e-6)

@@ -1,5 +1,4 @@
 """The objective and the loop."""
-import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
 from generator import length_normalised_nll
 from model import ModelConfig, RewardModel, make_optimizer, scale_gradient, update
+from parallel import part_of_batch
 from regularizer import icrm
 from test_generator import kill_after
 
@@ -90,10 +90,10 @@ def test_the_language_model_loss_reads_the_chosen_rows_alone(tiny):
 
 def test_a_pairs_loss_and_rewards_never_depend_on_its_batch_mates(tiny):
     rows = random_rows(8)
-    whole, rewards = collate(rows), tiny.model(pack(rows))
+    whole, rewards = collate(rows), tiny.model(pack(rows))[0]
     for i in range(4):
         two = [rows[i], rows[i + 4]]
-        alone, pair = collate(two), tiny.model(pack(two))
+        alone, pair = collate(two), tiny.model(pack(two))[0]
         assert torch.allclose(pair[alone.mask], rewards[[i, i + 4]][whole.mask[[i, i + 4]]], atol=1e-5)
         assert icrm(pair, alone.probs + 0.5, alone.mask)[0].item() == pytest.approx(
             icrm(rewards[[i, i + 4]], whole.probs[[i, i + 4]] + 0.5, whole.mask[[i, i + 4]])[0].item(), rel=1e-5)
@@ -105,7 +105,7 @@ def test_eight_pairs_are_overfitted_to_100_percent_in_seconds():
     optimizer = make_optimizer(model, 1e-2, 0.0)
     batch, packed = collate(random_rows(16)), pack(random_rows(16))
     for _ in range(60):
-        rewards = model(packed)
+        rewards, _ = model(packed)
         bt, margins = train.bradley_terry(rewards, batch.last)
         penalty, scale = icrm(rewards, torch.full_like(batch.probs, 0.8), batch.mask)
         (bt + 0.3 * penalty / scale).backward()
@@ -295,7 +295,7 @@ def test_a_batch_read_in_parts_gives_the_losses_of_one_read_whole(labelled, data
 
 def test_a_pair_is_never_split_and_every_row_is_read_once():
     for paired, chosen, rows in ((True, 6, 12), (False, 5, 12), (False, 0, 12)):
-        parts = [train.part_of_batch(part, 3, chosen, rows, paired) for part in range(3)]
+        parts = [part_of_batch(part, 3, chosen, rows, paired) for part in range(3)]
         assert sorted(i for some, _ in parts for i in some) == list(range(rows))
         for some, count in parts:
             assert all(i < chosen for i in some[:count]) and all(i >= chosen for i in some[count:])

@@ -6,27 +6,15 @@
 The last setting writes prompts as one Human turn, as in the training data. Nothing is trained on it.
 """
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from config import run_script, show
-from data.prepare import from_hub, write_benchmark
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    name: str = "rm_bench"      # the folder under data/ for test.jsonl
-    input: str = ""                 # a local copy as JSONL (.gz is read too); empty: download
-    strict: bool = False            # stop at the first bad row
+from config import run_script
+from data.prepare import BenchmarkConfig, write_benchmark
 
 
 def main(config):
-    show(config)
-    with tempfile.TemporaryDirectory() as folder:
-        path = config.input or from_hub("THU-KEG/RM-Bench", folder, split="train")
-        write_benchmark(config.name, path, config.strict)
+    write_benchmark(config, "rm_bench", "THU-KEG/RM-Bench", split="train")
 
 
 if __name__ == "__main__":
