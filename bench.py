@@ -254,14 +254,20 @@ def bench_scoring(bench, lengths):
     return {"pairs_per_s": 64 / float(np.median(fast)), "speedup": float(np.median(ratios)), "low": min(ratios), "high": max(ratios)}
 
 
+def most_resident():
+    """The most memory that this process ever had, in bytes."""
+    if Path("/proc/self/status").exists():      # getrusage would count the process that started this one
+        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
 def peak_memory(config, trick, lengths):
     """GiB that a step takes at most, with GPT-2's vocabulary, in a process of its own: (before the step, at its peak)."""
     config = dataclasses.replace(config, vocab_size=50257, compile=False)
     device = pick_device(config.device)
     bench = Bench(config, device)
     rows, probs = random_pairs(lengths, config, 0, config.memory_pairs)
-    size = (lambda: torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else \
-        (lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024))
+    size = (lambda: torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else most_resident
     before = size()
     for _ in range(2):      # the second one meets the optimizer's state
         bench.step(trick, rows, probs)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import study
-from bon import BonConfig, evaluate_candidates, sample_candidates, toy_questions, worth_of_gold
+from bon import BonConfig, evaluate_candidates, kl_of_best_of_n, sample_candidates, toy_questions, worth_of_gold
 from compare import mean_and_half_width
 from config import choose, in_range, run_script, show, write_atomically
 from dpo import DPOConfig
@@ -68,8 +68,7 @@ def train_and_align(job):
         candidates = sample_candidates(load_generator(generator, "cpu")[0], tokenizer, toy_questions(bon), worth_of_gold, bon, "cpu")
         curve = evaluate_candidates(model, tokenizer, candidates, "cpu")["curve"]
         record[name] = {key: round(value, 4) for key, value in results.items() if isinstance(value, float)} | {
-            "pairs": results["pairs"], "best_of_n": {str(row["n"]): round(row["reward_model"], 4) for row in curve},
-            "kl_of_best_of_n": {str(row["n"]): round(row["kl"], 4) for row in curve}}
+            "pairs": results["pairs"], "best_of_n": {str(row["n"]): round(row["reward_model"], 4) for row in curve}}
     write_atomically(job.folder / "run.json", lambda temporary: temporary.write_text(json.dumps(record)))
 
 
@@ -87,12 +86,13 @@ def paired(runs, name, value):
 def print_tables(runs):
     keys = {"gold after DPO": "gold_after", "greedy gold": "greedy_gold_after", "KL": "kl", "length": "length_after"}
     for world in WORLDS:
-        print(f"\n{world} world: DPO, then best of n\n")
+        before = [run[world]["gold_before"] for run in runs if run["regularizer"] == "none"]
+        print(f"\n{world} world: DPO (gold before it {sum(before) / len(before):.2f}), then best of n\n")
         rows = [[f"`{name}`"] + [paired(runs, name, lambda run: run[world][key]) for key in keys.values()] for name in ARMS]
         print(study.table(["reward model", *keys], rows) + "\n")
         sizes = ("4", "16", "64")
         rows = [[f"`{name}`"] + [paired(runs, name, lambda run: run[world]["best_of_n"][n]) for n in sizes] for name in ARMS]
-        print(study.table(["reward model", *(f"best of {n}" for n in sizes)], rows))
+        print(study.table(["reward model", *(f"best of {n} (KL {kl_of_best_of_n(int(n)):.2f})" for n in sizes)], rows))
 
 
 def main(config):

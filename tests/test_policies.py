@@ -1,5 +1,6 @@
 """The recipe of aligned policies: its runs and its tables."""
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -32,8 +33,16 @@ def test_cells_are_means_and_differences_paired_by_draw(policies, capsys):
     value = lambda run: run["usual"]["gold_after"]
     assert policies.paired(runs, "none", value) == "1.50"
     assert policies.paired(runs, "icrm", value) == f"2.10 (+0.60 ± {12.706 * 0.1:.2f})"     # differences 0.5 and 0.7
-    part = {key: 1.0 for key in ("gold_after", "greedy_gold_after", "kl", "length_after")} | {"best_of_n": {"4": 1.0, "16": 2.0, "64": 3.0}}
+    part = {key: 1.0 for key in ("gold_before", "gold_after", "greedy_gold_after", "kl", "length_after")} | {"best_of_n": {"4": 1.0, "16": 2.0, "64": 3.0}}
     policies.print_tables([{"regularizer": name, "seed": seed, "usual": part, "decoupled": part}
                            for name in policies.ARMS for seed in (0, 1)])
     printed = capsys.readouterr().out
     assert printed.count("| `icrm_uniform` |") == 4 and "best of 64" in printed
+
+
+def test_the_tables_of_the_readme_are_those_of_its_runs(policies, capsys):
+    policies.print_tables(json.loads((RUNS / "policies.json").read_text()))
+    printed = set(capsys.readouterr().out.splitlines())
+    text = (RUNS.parent / "README.md").read_text(encoding="utf-8")
+    quoted = [line for line in text[text.index("## Policies"):text.index("## Speed")].splitlines() if line.startswith("|")]
+    assert len(quoted) == 28 and not [line for line in quoted if line not in printed]

@@ -45,9 +45,9 @@ def test_the_two_commands_start_from_nothing():
 
 
 def test_every_setting_named_in_the_readme_exists():
-    known = {"help", "key"}
+    known = {"help", "key", "standalone", "nproc_per_node"}
     for script in ("train.py", "generator.py", "evaluate.py", "bon.py", "report.py", "dpo.py", "data/prepare.py", "data/toy/prepare.py",
-                   "data/hh_rlhf/prepare.py", "data/gsm8k/prepare.py", "runs/study.py", "runs/policies.py"):
+                   "data/hh_rlhf/prepare.py", "data/gsm8k/prepare.py", "runs/study.py", "runs/policies.py", "bench.py"):
         known |= set(settings_of(script).__dataclass_fields__)
     text = re.sub(r"```.*?```", "", README, flags=re.S)
     assert set(re.findall(r"--(\w+)", text)) <= known
