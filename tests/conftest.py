@@ -11,6 +11,7 @@ import train
 from config import parse
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
+from generator import GeneratorConfig, train_generator
 from model import ModelConfig, RewardModel
 
 torch.set_num_threads(2)
@@ -40,6 +41,11 @@ def small_run(out_dir, **more):
     settings = dict(out_dir=out_dir, steps=12, batch_size=8, n_embd=32, n_layer=1, n_head=2, save_interval=4,
                     log_interval=2, eval_interval=6, warmup=2, device="cpu") | more
     return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def quick_generator(dataset, out_dir, steps=20):
+    """A generator of small_run's sizes that has hardly learned, for tests that need any."""
+    train_generator(GeneratorConfig(dataset=dataset, out_dir=out_dir, n_layer=1, n_head=2, n_embd=32, steps=steps, device="cpu"))
 
 
 @pytest.fixture(scope="session")

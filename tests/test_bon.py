@@ -12,7 +12,7 @@ import data.prepare
 import dpo
 import train
 from config import UserError, parse
-from conftest import small_run
+from conftest import quick_generator, small_run
 
 
 def brute_force(rewards, worth, n):
@@ -68,6 +68,7 @@ def test_sampled_responses_to_real_prompts_are_worth_a_judges_reward(inside, cap
         toy = data.prepare.open_dataset("toy")
         splits = {split: [json.loads(line) for line in toy.path(split).read_text().splitlines()] for split in ("train", "val")}
         data.prepare.write_dataset(data.prepare.dataset_folder("plain"), splits, toy.tokenizer)
+    quick_generator("plain", "out/plain-generator", 200)
     for seed in (0, 1):
         train.main(parse(train.TrainConfig, small_run(f"out/plain-{seed}", dataset="plain", seed=seed)))
     settings = ["--checkpoint=out/plain-0", "--prompts=4", "--samples=4", "--max_new_tokens=130", "--json=judged.json"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import data.prepare
 import train
 from config import UserError, load_checkpoint, parse
-from conftest import small_run
+from conftest import quick_generator, small_run
 from data.batches import Row, collate, pack
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
@@ -200,6 +200,7 @@ def test_a_dataset_made_again_is_noticed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
     prepare_toy(ToyConfig(train=60, test=20))
+    quick_generator("toy", "out/toy-generator")
     run("out/first")
     prepare_toy(ToyConfig(train=60, test=20, seed=1))
     with pytest.raises(UserError, match="generator in out/toy-generator was trained with another data .*python generator.py"):
@@ -230,6 +231,7 @@ def labelled(inside):
         splits[split] = [{"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
                          for pair in pairs for key in ("chosen", "rejected")]
     data.prepare.write_dataset(data.prepare.dataset_folder("labelled"), splits, toy.tokenizer, kind="labels")
+    quick_generator("labelled", "out/labelled-generator")
     return inside
 
 
@@ -255,6 +257,7 @@ def test_p_may_come_from_the_world_itself_or_from_another_generator(inside, caps
     assert "from exact; mean 0.8" in capsys.readouterr().out
     data.prepare.prepare_rows("words", "x", data.prepare.read_pairs(data.prepare.open_dataset("toy").path("train"))[0],
                               data.prepare.PrepareConfig(tokenizer="bpe:300"))
+    quick_generator("words", "out/words-generator")
     run("out/words", dataset="words", generator="out/words-generator")
     with pytest.raises(UserError, match="another vocabulary"):
         run("out/foreign", probs_from="out/words-generator")
