@@ -1,6 +1,6 @@
 """What every trick of the training step is worth: the plain step and then one trick after the other, in one run.
 
-    python bench.py                                     the table on this machine; some minutes on two CPU cores
+    python bench.py                                     the table on this machine; about ten minutes on two CPU cores
     python bench.py --device=cuda --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --pairs=64
 
 The plain step is the obvious one: the generator reads the batch at every step, every row is read from its start and
