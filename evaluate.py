@@ -17,7 +17,6 @@ import sys
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from data.batches import (PairData, fit_row, in_length_order, load_contrasts, lo
                           print_left_out)
 from data.pairs import TURN, read_steps
 from data.prepare import open_dataset
+from data.toy.truth import compare_with_truth
 from data.toy.world import World, split_worlds
 from model import ModelConfig, RewardModel, pick_device
 from pretrained import export_reward_model, import_reward_model, load_weights
@@ -237,41 +237,6 @@ def evaluate_steps(model, tokenizer, device, config):
 def evaluate_split(model, data, device, batch_size=64):
     """PairData or labelled Responses -> (metrics, rewards of every prefix)."""
     return (evaluate_pairs if isinstance(data, PairData) else evaluate_labels)(model, data, device, batch_size)
-
-
-# The toy world, where the truth is known ------------------------------------------------------------
-
-def exact_traces(world, rows, tokenizer):
-    """World.trace of each row's response."""
-    encode = lru_cache(maxsize=None)(tokenizer.encode)
-    traces = [world.trace(row.response.tolist(), encode, tokenizer.end_of_text) for row in rows]
-    if [len(trace) for trace in traces] != [len(row.response) for row in rows]:
-        raise UserError("a response that this toy world cannot write; prepare the dataset again")
-    return traces
-
-
-
-def compare_with_truth(world, rows, rewards, tokenizer):
-    """z = sigma(r - mean reward of all prefixes) of every response prefix against its exact value V.
-
-    correlation: Pearson's, over all prefixes. calibration_error: mean |z - V| over ten equal bins of z (value_bins).
-    credit_leak: mean |r_t - r_t-1| on the first token of a remark, over the same for evidence;
-    0 where no credit goes to what was predictable.
-    """
-    values, steps = [], {"remark": [], "evidence": []}
-    for trace, r in zip(exact_traces(world, rows, tokenizer), rewards):
-        values += [value for _, value, _, _ in trace]
-        for t, (_, _, kind, first) in enumerate(trace):
-            if first and kind in steps:
-                steps[kind].append(abs(r[t] - r[t - 1]))
-    r, V = np.concatenate(rewards), np.array(values)
-    z = values_against(r, r)
-    bins = np.minimum((z * 10).astype(int), 9)
-    rows = [{"z": float(z[bins == b].mean()), "value": float(V[bins == b].mean()), "share": float((bins == b).mean())}
-            for b in np.unique(bins)]
-    return {"correlation": float(np.corrcoef(z, V)[0, 1]), "value_bins": rows,
-            "calibration_error": float(sum(row["share"] * abs(row["z"] - row["value"]) for row in rows)),
-            "credit_leak": float(np.mean(steps["remark"]) / np.mean(steps["evidence"]))}
 
 
 def load_splits(dataset, block_size, strict=False):

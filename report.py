@@ -18,8 +18,9 @@ from config import UserError, in_range, run_script, show, write_atomically
 from data.batches import load_pairs, pair_rows
 from data.pairs import read_candidates
 from data.prepare import open_dataset
+from data.toy.truth import compare_with_truth, exact_traces
 from data.toy.world import World
-from evaluate import compare_with_truth, evaluate_pairs, exact_traces, example_name, load_reward_model, model_name, values_against
+from evaluate import evaluate_pairs, example_name, load_reward_model, model_name, values_against
 from generator import load_generator, response_probs
 from model import pick_device
 

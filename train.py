@@ -36,8 +36,9 @@ from data.batches import collate, load_responses, pack, training_indices
 from data.prepare import dataset_folder, open_dataset
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
+from data.toy.truth import exact_traces
 from data.toy.world import World
-from evaluate import evaluate_split, evaluate_splits, exact_traces, load_splits, print_table
+from evaluate import evaluate_split, evaluate_splits, load_splits, print_table
 from generator import (GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator,
                        with_pretrained_sizes)
 from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, update

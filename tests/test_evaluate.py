@@ -11,6 +11,7 @@ from config import UserError, parse
 from conftest import plain_rewards
 from data.batches import load_pairs, pair_rows
 from data.prepare import open_dataset
+from data.toy.truth import compare_with_truth
 from data.toy.world import World
 
 
@@ -68,10 +69,10 @@ def test_the_truth_itself_has_correlation_one_and_no_leak(loaded):
     traces = [World().trace(row.response.tolist(), tokenizer.encode, tokenizer.end_of_text) for row in rows]
     logit = [np.array([np.log(v / (1 - v)) for _, v, _, _ in trace]) for trace in traces]
     centre = np.concatenate(logit).mean()
-    found = evaluate.compare_with_truth(World(), rows, [x - centre for x in logit], tokenizer)
+    found = compare_with_truth(World(), rows, [x - centre for x in logit], tokenizer)
     assert found["correlation"] > 0.99 and found["credit_leak"] == pytest.approx(0, abs=1e-9)
     noise = [np.random.default_rng(0).normal(size=len(x)) for x in logit]
-    found = evaluate.compare_with_truth(World(), rows, noise, tokenizer)
+    found = compare_with_truth(World(), rows, noise, tokenizer)
     assert abs(found["correlation"]) < 0.1 and 0.7 < found["credit_leak"] < 1.4
 
 
