@@ -165,7 +165,8 @@ class Run:
     the name of the first one that does not, and with overwrite=True starts over. `match` does
     the same for what the settings only name: the data, the vocabulary, the generator.
     """
-    FREE = ("out_dir", "overwrite", "device", "json", "judge", "answers", "accumulate", "recompute", "compile")  # may differ between a run and its continuation
+    # Settings that may differ between a run and its continuation.
+    FREE = ("out_dir", "overwrite", "device", "json", "judge", "answers", "accumulate", "recompute", "compile")
 
     def __init__(self, folder, kind, config, overwrite=False, writes=True):
         self.folder, self.kind, self.writes = Path(folder), kind, writes     # of several processes one writes
