@@ -4,7 +4,7 @@ Pairs come in any of TRL's four forms: `prompt`, `chosen`, `rejected` as strings
 `prompt` (what the two texts share, cut at a turn, is the prompt); and both with lists of
 {"role", "content"} messages. `chosen` and `rejected` may also be lists of equally many strings from
 the plainest style to the richest, as in RM-Bench: every chosen text then meets every rejected one.
-Optional: `id`, `subset`, `margin`. Labelled responses: `prompt`, `completion`, `label` (true or false).
+Optional: `id`, `subset`. Labelled responses: `prompt`, `completion`, `label` (true or false).
 Candidates: `prompt`, `responses: [{"text", "correct"}, ...]`, with each one's final `answer` where votes are
 counted. Steps: `prompt`, `steps`, `first_error` (from 0; -1 where every step is right).
 
@@ -110,18 +110,19 @@ def read_rows(path, parse, strict):
 
 
 def lines_of(path):
-    """The file's lines, split at \\n alone (texts may hold other line separators), \\r\\n read as \\n."""
-    path = Path(path)
+    """The file's lines one by one, split at \\n alone (texts may hold other line separators), \\r\\n read as \\n."""
+    path, start = Path(path), 0
     if not path.is_file():
         raise UserError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing: no such file'}")
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for line in file:
+                yield line.decode("utf-8" if start else "utf-8-sig").removesuffix("\n").removesuffix("\r")
+                start += len(line)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {start + error.start})") from None
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
-    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def decode_row(line):
