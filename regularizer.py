@@ -37,7 +37,7 @@ def total_probability(probs, rewards):
     return (probs * rewards).sum(-1)
 
 
-def gap_bound(probs):
+def largest_gap(probs):
     """|r(y_1:m) - r(y_1:m+1)| <= 1 - p for rewards in [0, 1].  (...) -> (...)"""
     return 1 - probs
 
@@ -127,16 +127,19 @@ def squared_gap(rewards, probs, mask):
     return masked_mean(p * gap ** 2, links), None
 
 
-def gap_bound_excess(rewards, probs, mask):
-    """What the derivation really implies (`gap_bound`): relu(|z_t - z_t+1| - (1 - p_t))^2."""
+def gap_bound(rewards, probs, mask):
+    """What the derivation really implies: relu(|z_t - z_t+1| - (1 - p_t))^2, the excess over `largest_gap`."""
     gap, p, links = gaps(rewards, probs, mask)
-    return masked_mean(F.relu(gap - gap_bound(p)) ** 2, links), None
+    return masked_mean(F.relu(gap - largest_gap(p)) ** 2, links), None
 
 
 def icrm_gap_bound(rewards, probs, mask, kappa=KAPPA):
-    """Ours: the paper's term and the bound that its derivation gives: 2 p_t l_t + kappa relu(|z_t - z_t+1| - (1 - p_t))^2."""
+    """Ours: the paper's term and the bound that its derivation gives: 2 p_t l_t + kappa relu(|z_t - z_t+1| - (1 - p_t))^2.
+
+    S follows the paper's term alone and divides both: the bound's weight is really kappa / S, less where p is larger.
+    """
     penalty, scale = icrm(rewards, probs, mask)
-    return penalty + kappa * gap_bound_excess(rewards, probs, mask)[0], scale
+    return penalty + kappa * gap_bound(rewards, probs, mask)[0], scale
 
 
 def icrm_gap_bound_uniform(rewards, probs, mask, kappa=KAPPA):
@@ -191,7 +194,7 @@ REGULARIZERS = {
     "icrm_shuffled": icrm_shuffled,
     "dense_bt": dense_bt,
     "squared_gap": squared_gap,
-    "gap_bound": gap_bound_excess,
+    "gap_bound": gap_bound,
     "icrm_gap_bound": icrm_gap_bound,
     "icrm_gap_bound_uniform": icrm_gap_bound_uniform,
     "icrm_gap_bound_shuffled": icrm_gap_bound_shuffled,
@@ -223,8 +226,8 @@ def show_derivation():
     print("   step   links   largest gap   largest gap / (1 - p)   links that break the bound")
     for m, p in enumerate(probs):
         gap = (rewards[m][:, None] - rewards[m + 1].view_as(p)).abs()
-        broken = (gap > gap_bound(p) + 1e-12).sum()
-        print(f"   {m:4d}   {p.numel():5d}   {gap.max():11.4f}   {(gap / gap_bound(p)).max():21.4f}   {broken:26d}")
+        broken = (gap > largest_gap(p) + 1e-12).sum()
+        print(f"   {m:4d}   {p.numel():5d}   {gap.max():11.4f}   {(gap / largest_gap(p)).max():21.4f}   {broken:26d}")
 
 
 def show_response():
@@ -242,18 +245,18 @@ def show_response():
         link = torch.zeros_like(mask)
         link[0, t:t + 2] = True  # one link of one row; the opponent's mean stays what it was, 0
         penalty, _ = icrm(rewards, p.expand(2, -1), link)
-        held = "kept" if (z[t] - z[t + 1]).abs() <= gap_bound(p[t]) else "broken"
+        held = "kept" if (z[t] - z[t + 1]).abs() <= largest_gap(p[t]) else "broken"
         print(f"   {words[t]:10s} -> {words[t + 1]:10s}  {p[t]:5.2f}  {z[t]:6.3f}  {z[t + 1]:6.3f}  "
               f"{penalty:8.4f}   {held}")
 
 
 def link_gradient(name, z, z_next, p=0.9):
-    """d penalty / d r_t and d penalty / d r_t+1 on one link of a chosen response between values z and z_next."""
+    """d penalty / d r_t on one link of a chosen response between values z and z_next."""
     rewards = torch.zeros(2, 2, dtype=torch.double)
     rewards[0] = torch.logit(torch.tensor([z, z_next]))     # the opposing response's rewards are 0
     mask = torch.tensor([[True, True], [False, True]])      # it has no link
     penalty, _ = REGULARIZERS[name](rewards.requires_grad_(), torch.full((2, 1), p, dtype=torch.double), mask)
-    return torch.autograd.grad(penalty, rewards)[0][0].tolist()
+    return torch.autograd.grad(penalty, rewards)[0][0, 0].item()
 
 
 def show_one_sidedness():
@@ -263,7 +266,7 @@ def show_one_sidedness():
     for name in ("icrm", "squared_gap", "gap_bound"):
         print(f"\n   {name:12s} z_t+1 =" + "".join(f"{after:8.1f}" for after in values))
         for z in values:
-            print(f"   z_t = {z:.1f}           " + "".join(f"{link_gradient(name, z, after)[0]:8.3f}" for after in values))
+            print(f"   z_t = {z:.1f}           " + "".join(f"{link_gradient(name, z, after):8.3f}" for after in values))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,11 @@ class PolicyJob(study.Job):
 
 def prepare_job(job):
     """The draw's dataset, its generator and the one of the decoupled world."""
-    study.quietly(lambda job: study.prepare_job(dataclasses.replace(job, variant=WORLDS["decoupled"])))(job)
+    study.prepare_job(dataclasses.replace(job, variant=WORLDS["decoupled"]))
 
 
+@study.quietly
 def run_job(job):
-    return study.quietly(train_and_align)(job)
-
-
-def train_and_align(job):
     """One reward model, its two policies and its two best-of-n curves; the record is written to run.json."""
     config = study.settings_of(job)
     train(config)
@@ -99,7 +96,7 @@ def main(config):
     show(config)
     in_range(config, 1, 1000, "workers", "worlds")
     path = study.HERE / "policies.json"
-    choose("part", config.part, dict.fromkeys(("all", "tables")))
+    choose("part", config.part, ("all", "tables"))
     if config.part == "all":
         jobs = [PolicyJob("policies", world, name) for world in range(config.worlds) for name in ARMS]
         missing = [job for job in jobs if not (job.folder / "run.json").exists()]
