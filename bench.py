@@ -1,7 +1,8 @@
 """What every trick of the training step is worth: the plain step and then one trick after the other, in one run.
 
     python bench.py                                     the table on this machine; about ten minutes on two CPU cores
-    python bench.py --device=cuda --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --pairs=64
+    python bench.py --device=cuda --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --compile=True
+                                                        GPT-2's size; --pairs=4 where the plain step's logits do not fit
 
 The plain step is the obvious one: the generator reads the batch at every step, every row is read from its start and
 padded to the longest of the batch, and the logits of every position are made. The last line is train.py's own step.
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from compare import print_lines
 from config import choose, in_range, run_script, show, write_json
-from data.batches import Row, collate, pack, pair_rows
+from data.batches import Row, collate, pack, pad_right, pair_rows
 from evaluate import score
 from generator import draw, length_normalised_nll, sample
 from model import LanguageModel, ModelConfig, RewardModel, autocast, make_optimizer, pick_device, scale_gradient, update
@@ -99,7 +100,7 @@ class Bench:
 
     def slower_step(self, level, rows, batch):
         B, settings = len(rows) // 2, self.settings
-        tokens, mask, share = batch.tokens, batch.mask, settings.lm_trunk_gradient
+        tokens, mask, share = padded_tokens(rows).to(self.device), batch.mask, settings.lm_trunk_gradient
         with autocast(self.device, settings.dtype):
             p = batch.probs
             if level < 1:
@@ -126,6 +127,11 @@ class Bench:
         reg = reg / self.S
         (settings.lm_weight * lm + settings.reg_weight * reg + (1 - settings.reg_weight) * bt).backward()
         return {"outcome": bt.detach(), "reg": reg.detach(), "lm": lm.detach(), "margins": margins.detach()}
+
+
+def padded_tokens(rows):
+    """Rows read each from its start, padded on the right to the longest.  -> (rows, T)"""
+    return torch.from_numpy(pad_right([np.concatenate([row.prompt, row.response]) for row in rows]))
 
 
 def every_logprob(hidden, lm_head, tokens):
@@ -247,7 +253,7 @@ def bench_scoring(bench, lengths):
         @torch.no_grad()
         def plain():
             for start in range(0, len(rows), 64):
-                bench.model.transformer(collate(rows[start:start + 64]).tokens.to(device))
+                bench.model.transformer(padded_tokens(rows[start:start + 64]).to(device))
         bare = seconds(plain, device)
         fast.append(seconds(lambda: score(bench.model, rows, device), device))
         ratios.append(bare / fast[-1])
@@ -304,7 +310,9 @@ def main(config):
           f"({found['low']:.1f} to {found['high']:.1f}) times as fast as without the cache, {'the same' if found['same_tokens'] else 'OTHER'} tokens")
     results["scoring"] = found = bench_scoring(bench, lengths[names[0]])
     print(f"scoring: {found['pairs_per_s']:.1f} pairs/s, {found['speedup']:.2f} ({found['low']:.2f} to {found['high']:.2f}) times the plain forward pass")
-    del bench
+    del bench, peak     # what they hold on a GPU would be missing below
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         memory = {trick: pool.submit(peak_memory, config, trick, lengths[names[0]]).result() for trick in (TRICKS[0], TRICKS[-1])}
     results["memory_gib"] = {trick: {"before": before, "peak": most} for trick, (before, most) in memory.items()}

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from compare import print_lines
-from config import UserError, in_range, run_script, show, write_json
+from config import TINY, UserError, in_range, run_script, show, write_json
 from data.batches import make_row
 from data.pairs import Candidates, read_candidates
 from data.prepare import open_dataset
 from data.toy.world import gold, question
-from evaluate import load_reward_model, score
+from evaluate import check_fit, load_reward_model, score
 from generator import load_generator, sample_responses
 from model import pick_device
 
@@ -186,16 +186,14 @@ def obtain_candidates(tokenizer, checkpoint, config, device):
     if not (is_toy or config.judge):
         raise UserError("name a judge of sampled responses with --judge=CHECKPOINT, or a file of scored ones with "
                         "--candidates=FILE.jsonl; only in the toy world is the truth known")
-    generator, found = load_generator(settings["generator"], device)
-    judge, judges_tokenizer, _ = load_reward_model(config.judge, device) if config.judge else (None, tokenizer, None)
-    for what, other in (("generator", found), ("judge", judges_tokenizer)):
-        if other.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"the {what} and the reward model read different vocabularies")
-    if judge and judge.transformer.config.block_size < generator.transformer.config.block_size:
-        raise UserError(f"the judge has a context of {judge.transformer.config.block_size} tokens, "
-                        f"the generator one of {generator.transformer.config.block_size}")
+    generator, its_tokenizer = load_generator(settings["generator"], device)
+    check_fit("generator", generator, its_tokenizer, tokenizer)
+    worth_of = worth_of_gold
+    if config.judge:
+        judge, its_tokenizer, _ = load_reward_model(config.judge, device)
+        check_fit("judge", judge, its_tokenizer, tokenizer, generator.transformer.config.block_size)
+        worth_of = worth_by_judge(judge, tokenizer, device)
     prompts = toy_questions(config) if is_toy else open_dataset(settings["dataset"]).prompts("val")[:config.prompts]
-    worth_of = worth_by_judge(judge, tokenizer, device) if judge else worth_of_gold
     return sample_candidates(generator, tokenizer, prompts, worth_of, config, device)
 
 
@@ -203,7 +201,7 @@ def main(config):
     show(config)
     in_range(config, 1, 10**9, "prompts", "samples", "max_new_tokens")
     in_range(config, 0, 10**9, "seed", "temperature")
-    in_range(config, 1e-9, 1, "top_p")
+    in_range(config, TINY, 1, "top_p")
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, device)
     skipped = 0

@@ -81,8 +81,9 @@ def compare_runs(folders):
             differences.append("" if mean != mean else f"{mean:+.3f}" + (f" +-{half:.3f}" if half == half else ""))
         lines += [line, differences]
     print_lines([line for line in lines if any(line[1:])])
-    print(f"runs in each: {', '.join(str(len(members)) for members in groups.values())}. After +- half a 95% t interval; "
-          f"differences are to {base}, paired by dataset and seed.")
+    several = any(len(members) > 1 for members in groups.values())
+    print(f"runs in each: {', '.join(str(len(members)) for members in groups.values())}; differences are to {base}, paired by "
+          "dataset and seed" + ("; +- is half a 95% t interval" if several else ""))
     return [{key: settings[key] for key in ("regularizer", "reg_weight", "dataset", "seed")} | {"splits": splits}
             for settings, splits in runs]
 

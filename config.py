@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 
 
+TINY = 1e-9     # as good as 0 for a setting that must not be 0
+
+
 class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2, no traceback."""
 
@@ -67,10 +70,13 @@ def convert(key, text, kind):
 
 
 def in_range(config, low, high, *names):
-    """A UserError for the first of these settings that is not a number from low to high."""
+    """A UserError for the first of these settings that is not a number from low (TINY: above 0) to high."""
     for name in names:
-        if not low <= getattr(config, name) <= high:    # not a number fails too
-            raise UserError(f"--{name} must be from {low} to {high}, not {getattr(config, name)}")
+        value = getattr(config, name)
+        if not low <= value <= high:    # not a number fails too
+            wanted = "above 0" if low == TINY else f"at least {low}"
+            wanted += f" and at most {high}" if high < 10**9 or value > high else ""
+            raise UserError(f"--{name} must be {wanted}, not {value}")
 
 
 def usage(config_class):
@@ -93,10 +99,9 @@ def show(config):
 
 
 def choose(name, value, options):
-    """options[value], or a UserError that lists the options."""
+    """A UserError that lists the options, where value is none of them."""
     if value not in options:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(options)}")
-    return options[value]
 
 
 def write_atomically(path, write):
@@ -124,18 +129,19 @@ def write_json(path, value):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def load_checkpoint(path, kind, device="cpu"):
-    """The dictionary saved by Run.save; kind is 'reward model', 'generator' or 'policy', or several of them in a tuple."""
+def load_checkpoint(path, kind):
+    """The dictionary saved by Run.save; kind is 'reward model', 'generator', 'policy', 'probs' or
+    'dpo pairs', or several of them in a tuple."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file of other bytes makes the unpickler raise
         raise UserError(f"{path} is not a checkpoint, or is cut short ({type(error).__name__})") from None
     kinds = (kind,) if isinstance(kind, str) else kind
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in kinds:
-        raise UserError(f"{path} is not the checkpoint of a {' or '.join(kinds)}")
+        raise UserError(f"{path} holds no {' or '.join(kinds)}")
     return checkpoint
 
 

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from compare import mean_and_half_width, print_lines
-from config import (Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
+from config import (TINY, Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_atomically, write_json)
-from data.batches import Row, pack, pair_rows, training_indices
+from data.batches import Row, pack, pair_rows, to_device, training_indices
 from data.prepare import open_dataset
 from data.toy.world import gold
-from evaluate import load_reward_model, model_name, score
+from evaluate import check_fit, load_reward_model, model_name, score
 from generator import load_generator, response_logprobs, sample_responses
 from model import LanguageModel, autocast, learning_rate, make_optimizer, pick_device, update
 
@@ -145,7 +145,7 @@ def obtain_pairs(reference, reward_model, tokenizer, prompts, config, device, ke
         raise UserError(f"no prompt gave a usable pair ({', '.join(f'{count} {why}' for why, count in left_out.items())}); "
                         "raise --samples or --temperature")
     rows = pair_rows(pairs)
-    with autocast(device, config.dtype):    # as the policy's will be, so that the margins start at 0
+    with autocast(device, config.dtype):    # as the policy's will be, so that the margins start near 0
         logprobs = torch.tensor([float(row.sum(dtype=np.float64)) for row in response_logprobs(reference, rows)])
     found = dict(kind="dpo pairs", key=key, logprobs=logprobs, left_out=left_out,
                  rows=[tuple(map(torch.from_numpy, row[:2])) for row in rows])
@@ -155,11 +155,10 @@ def obtain_pairs(reference, reward_model, tokenizer, prompts, config, device, ke
 
 def train_policy(config, reference, tokenizer, rows, logprobs, run, device):
     """Train a copy of the reference on the pairs; returns the frozen policy."""
-    loss_of = choose("loss", config.loss, LOSSES)
     policy = LanguageModel(reference.transformer.config).to(device)
     policy.load_state_dict(reference.state_dict())
     optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
-    first, B = run.restore(policy, optimizer), len(rows) // 2
+    first, B, logprobs = run.restore(policy, optimizer), len(rows) // 2, logprobs.to(device)
     if first < config.steps:
         print(" step    loss accuracy  margin grad_norm")
     for step in tqdm(range(first, config.steps), "policy", config.steps, initial=first, disable=None, leave=False):
@@ -170,8 +169,8 @@ def train_policy(config, reference, tokenizer, rows, logprobs, run, device):
         with autocast(device, config.dtype):
             ours = policy(packed)                                                       # (M,)
         ours = torch.zeros(len(numbers), device=device).index_add(0, packed.owners, ours)      # (2b,), summed over responses
-        chosen, rejected = (ours - logprobs[numbers].to(device)).chunk(2)               # (b,) each
-        loss = loss_of(chosen - rejected, config.beta)
+        chosen, rejected = (ours - logprobs[to_device(torch.tensor(numbers), device)]).chunk(2)    # (b,) each
+        loss = LOSSES[config.loss](chosen - rejected, config.beta)
         loss.backward()
         grad_norm = update(policy, optimizer, rate, config.clip)
         done = step + 1
@@ -238,21 +237,17 @@ def main(config):
     in_range(config, 1, 10**9, "prompts", "held_out", "answers", "steps", "batch_size", "log_interval", "save_interval", "max_new_tokens")
     in_range(config, 2, 10**9, "samples")
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay", "temperature")
-    in_range(config, 1e-9, 1e9, "beta", "clip")
-    in_range(config, 1e-9, 1, "top_p")
+    in_range(config, TINY, 10**9, "beta", "clip")
+    in_range(config, TINY, 1, "top_p")
     choose("loss", config.loss, LOSSES)
     autocast(device, config.dtype)
-    reference, found = load_generator(config.generator, device)
-    judge = None
+    reference, its_tokenizer = load_generator(config.generator, device)
+    context, judge = reference.transformer.config.block_size, None
+    check_fit("generator", reference, its_tokenizer, tokenizer)
+    check_fit("reward model", reward_model, tokenizer, tokenizer, context)
     if config.judge:
-        judge, judges_tokenizer, _ = load_reward_model(config.judge, device)
-    context = reference.transformer.config.block_size
-    for what, model, other in (("generator", reference, found), ("judge", judge, judges_tokenizer if judge else None)):
-        if model and other.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"the {what} and the reward model read different vocabularies")
-    for what, model in (("reward model", reward_model), ("judge", judge)):
-        if model and model.transformer.config.block_size < context:
-            raise UserError(f"the {what} has a context of {model.transformer.config.block_size} tokens, the generator one of {context}")
+        judge, its_tokenizer, _ = load_reward_model(config.judge, device)
+        check_fit("judge", judge, its_tokenizer, tokenizer, context)
     prompts, held_out = prompts_of(open_dataset(checkpoint["settings"]["dataset"]), config)
     run = Run(config.out_dir, "policy", config, config.overwrite)
     inputs = dict(generator=fingerprint(reference.state_dict()), reward_model=fingerprint(reward_model.state_dict()))

@@ -61,10 +61,18 @@ def load_reward_model(path, device):
     if (Path(path) / "icrm.json").is_file():
         checkpoint = import_reward_model(path)
     else:
-        checkpoint = load_checkpoint(path, "reward model", device)
+        checkpoint = load_checkpoint(path, "reward model")
     model = RewardModel(ModelConfig(**checkpoint["model_config"])).to(device)
     load_weights(model, checkpoint["model"], path)
     return model.eval(), tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
+
+
+def check_fit(what, model, its_tokenizer, tokenizer, context=0):
+    """A UserError unless a model beside the reward model reads its vocabulary, and rows of this many tokens."""
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the {what} and the reward model read different vocabularies")
+    if model.transformer.config.block_size < context:
+        raise UserError(f"the {what} has a context of {model.transformer.config.block_size} tokens, the generator one of {context}")
 
 
 @torch.no_grad()
@@ -82,7 +90,7 @@ def score(model, rows, device, batch_size=64, name="response {}".format):
     distinct = list(index.values())
     found = {}
     for indices in in_length_order(distinct, batch_size):
-        rewards = model(pack([distinct[i] for i in indices], likelihoods=0).to(device))[0].cpu().numpy()
+        rewards = model(pack([distinct[i] for i in indices], scored=0).to(device))[0].cpu().numpy()
         for i, row_rewards in zip(indices, rewards):
             row = distinct[i]
             found[row.prompt.tobytes(), row.response.tobytes()] = row_rewards[len(row.prompt):len(row)]
@@ -100,7 +108,8 @@ def example_name(pair):
 
 
 def values_against(rewards, opponent):
-    """z of every prefix of one response (Eq. 4), given the opposing response's rewards.  (tokens,), (its tokens,) -> (tokens,)"""
+    """sigma(r - mean of the opposing response's r) of every prefix of one response: Eq. 4's z on a chosen response, and
+    not turned round on a rejected one, so that it is comparable with a value.  (tokens,), (its tokens,) -> (tokens,)"""
     return sigmoid(rewards - opponent.mean())
 
 
@@ -262,7 +271,7 @@ def evaluate_splits(model, dataset, splits, device, batch_size=64):
 
 # Tables ---------------------------------------------------------------------------------------------
 
-COLUMNS = {"accuracy": "accuracy", "interval": "95% interval", "ties": "ties", "n": "n", "longer_accuracy": "longer", "auc": "AUC",
+COLUMNS = {"accuracy": "accuracy", "interval": "95% interval", "ties": "ties", "n": "n", "longer_accuracy": "by length", "auc": "AUC",
            "correlation": "corr(z,V)", "calibration_error": "calib.", "credit_leak": "leak"}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import (Run, UserError, check_finite, fingerprint, in_range, load_checkpoint, run_script, show,
+from config import (TINY, Run, UserError, check_finite, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_atomically)
 from data import tokenizer as tokenizers
 from data.batches import in_length_order, load_responses, pack, training_indices
@@ -45,6 +45,7 @@ class GeneratorConfig:
     save_interval: int = 250        # updates between checkpoints
     device: str = "auto"            # auto, cpu, cuda, cuda:N
     dtype: str = "auto"             # auto (bfloat16 on CUDA), float32, bfloat16
+    recompute: bool = False         # keep no activations inside the blocks: less memory, a third more work
     strict: bool = False            # stop at the first bad row
     overwrite: bool = False         # start over where out_dir holds another run
 
@@ -59,7 +60,7 @@ def train_generator(config):
     in_range(config, 1, 10**9, "n_layer", "n_head", "n_embd", "block_size", "steps", "batch_size", "log_interval",
              "save_interval")
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay")
-    in_range(config, 1e-9, 1e9, "clip")
+    in_range(config, TINY, 10**9, "clip")
     device, dataset = pick_device(config.device), open_dataset(config.dataset)
     autocast(device, config.dtype)
     tokenizer = dataset.tokenizer
@@ -68,6 +69,7 @@ def train_generator(config):
     run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint)
     torch.manual_seed(config.seed)
     model = LanguageModel(sizes).to(device)
+    model.transformer.recompute = config.recompute
     if config.init_from and run.checkpoint is None:
         load_weights(model, read_pretrained(config.init_from)[1], config.init_from)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
@@ -95,7 +97,7 @@ def train_generator(config):
 
 def load_generator(folder, device):
     """A finished generator's (or policy's) folder -> (frozen LanguageModel, its tokenizer)."""
-    checkpoint = load_checkpoint(folder, ("generator", "policy"), device)
+    checkpoint = load_checkpoint(folder, ("generator", "policy"))
     if checkpoint["step"] < checkpoint["settings"]["steps"]:
         raise UserError(f"the generator in {folder} is unfinished; continue it with the command that started it")
     model = LanguageModel(ModelConfig(**checkpoint["model_config"])).to(device)
@@ -162,7 +164,7 @@ def sample(model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperatur
     room = min(max_new_tokens, block_size - prompts.size(1))
     if room < 1:
         raise UserError(f"the prompt fills the context of {block_size} tokens; nothing can be sampled")
-    cache = KVCache(model.transformer.config, len(prompts), prompts.device, model.lm_head.weight.dtype)
+    cache = KVCache(model.transformer.config, len(prompts), prompts.size(1) + room, prompts.device, model.lm_head.weight.dtype)
     hidden = model.transformer(prompts, cache)[:, -1].repeat_interleave(n, dim=0)   # (P n, C)
     cache.repeat(n)
     done = torch.zeros(len(hidden), dtype=torch.bool, device=prompts.device)

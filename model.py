@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError, choose
 
+DTYPES = ("auto", "float32", "bfloat16")
 LOGITS = 2 ** 26    # logits in memory at once, a quarter of a GiB in fp32
 
 
@@ -36,10 +37,10 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: (rows, n_head, block_size, head size) per layer, and their number."""
+    """Keys and values of the tokens read so far: (rows, n_head, longest, head size) per layer, and their number."""
 
-    def __init__(self, config, rows, device, dtype):
-        shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
+    def __init__(self, config, rows, longest, device, dtype):
+        shape = (config.n_layer, rows, config.n_head, longest, config.n_embd // config.n_head)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
@@ -184,7 +185,7 @@ class RewardModel(nn.Module):
         lm_trunk_gradient, the share of L_SFT's gradient that reaches the trunk, the log-probability of each of its
         M response tokens, (M,)."""
         hidden = self.transformer(packed.tokens, packed=packed)                         # (N, C)
-        with torch.autocast(hidden.device.type, enabled=False):  # written as a sum: a matrix product may use TF32
+        with torch.autocast(hidden.device.type, enabled=False):
             rewards = (hidden.float() * self.score.weight[0]).sum(-1)                   # (N,)
         rewards = rewards[packed.rows]                                                  # (R, T)
         if lm_trunk_gradient is None:
@@ -211,8 +212,9 @@ def token_logprobs(hidden, lm_head, packed):
         parts *= 2
     if parts == 1:
         return logprobs(states, packed.targets)
-    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False)
-                      for part in zip(states.tensor_split(parts), packed.targets.tensor_split(parts))])
+    ends = [len(states) * part // parts for part in range(parts + 1)]       # tensor_split would compile a graph for each remainder
+    return torch.cat([checkpoint(logprobs, states[start:end], packed.targets[start:end], use_reentrant=False)
+                      for start, end in zip(ends, ends[1:])])
 
 
 def make_optimizer(model, learning_rate, weight_decay):
@@ -247,17 +249,17 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("choose auto, cpu, cuda, cuda:N or mps")
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("choose auto, cpu, cuda or cuda:N")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used here ({str(error).splitlines()[0]})") from None
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
     return device
 
 
 def autocast(device, dtype):
     """Mixed precision for a forward pass: dtype 'auto' is bfloat16 on CUDA and float32 elsewhere."""
-    low = choose("dtype", dtype, {"auto": device.type == "cuda", "bfloat16": True, "float32": False})
+    choose("dtype", dtype, DTYPES)
+    low = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, enabled=low)

@@ -30,9 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
+from config import (TINY, Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
                     write_json)
-from data.batches import collate, load_responses, pack, training_indices
+from data.batches import collate, load_responses, pack, to_device, training_indices
 from data.prepare import dataset_folder, open_dataset
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import prepare as prepare_toy
@@ -94,17 +94,38 @@ def bradley_terry(rewards, last):
 
 def label_cross_entropy(rewards, last, correct):
     """The pointwise L_BT: -log sigma(r_last) of the first `correct` rows, -log(1 - sigma(r_last)) of the others,
-    mean over rows; also the N margins, r_last and -r_last.  (N, T), (N,) -> (), (N,)"""
-    final = rewards.gather(1, last[:, None]).squeeze(1)             # (N,)
+    mean over rows; also the R margins, r_last and -r_last.  (R, T), (R,) -> (), (R,)"""
+    final = rewards.gather(1, last[:, None]).squeeze(1)             # (R,)
     margins = torch.cat([final[:correct], -final[correct:]])
     return -F.logsigmoid(margins).mean(), margins
 
 
 def against_nobody(rewards, probs, mask, correct):
     """Labelled responses as pairs whose other side is empty, so that Eq. 4 has nothing to centre on and every
-    regularizer reads z = sigma(r) of the first `correct` rows, 1 - sigma(r) of the others.  (N, ...) -> (2N, ...)"""
-    chosen = torch.arange(len(mask), device=mask.device)[:, None] < correct         # (N, 1)
+    regularizer reads z = sigma(r) of the first `correct` rows, 1 - sigma(r) of the others.  (R, ...) -> (2R, ...)"""
+    chosen = torch.arange(len(mask), device=mask.device)[:, None] < correct         # (R, 1)
     return torch.cat([rewards, rewards]), torch.cat([probs, probs]), torch.cat([mask & chosen, mask & ~chosen])
+
+
+def terms_of_rewards(config, rewards, batch, chosen, paired, S):
+    """L_BT, L_reg = penalty / S and the new S of a whole batch, and its margins.  (rows, T) -> (), (), (), (B,)"""
+    regularize = REGULARIZERS[config.regularizer]
+    if paired:
+        outcome, margins = bradley_terry(rewards, batch.last)
+        penalty, scale = regularize(rewards, batch.probs, batch.mask)
+    else:
+        outcome, margins = label_cross_entropy(rewards, batch.last, chosen)
+        penalty, scale = regularize(*against_nobody(rewards, batch.probs, batch.mask, chosen))
+    if scale is None:
+        return outcome, penalty, S, margins
+    S = 0.95 * S + 0.05 * scale.detach()
+    return outcome, penalty / S, S, margins
+
+
+def objective(config, outcome, reg, lm):
+    """L = L_SFT + lambda L_reg + (1 - lambda) L_BT, where L_SFT has the weight of the settings and `none` takes lambda = 0."""
+    lam = 0.0 if config.regularizer == "none" else config.reg_weight
+    return config.lm_weight * lm + lam * reg + (1 - lam) * outcome
 
 
 def obtain_generator(config):
@@ -112,16 +133,16 @@ def obtain_generator(config):
     folder = Path(config.generator)
     shared = {key: getattr(config, key) for key in ("dataset", "init_from", "n_layer", "n_head", "n_embd", "block_size")}
     settings = GeneratorConfig(**shared, dtype=config.dtype, strict=config.strict)
-    if config.init_from and not (folder / "ckpt.pt").exists():
-        raise UserError("pretrained weights want a gentle generator; train it first: python generator.py "
-                        f"--dataset={config.dataset} --init_from={config.init_from} --block_size={config.block_size} "
-                        f"--out_dir={config.generator} --learning_rate=2e-5 --steps=N")
     if (folder / "ckpt.pt").exists():
         settings = GeneratorConfig(**load_checkpoint(folder, "generator")["settings"])
         for key, value in shared.items():
             if getattr(settings, key) != value:
                 raise UserError(f"the generator in {folder} has --{key}={getattr(settings, key)}, not {value}; "
                                 "choose another folder with --generator=FOLDER")
+    elif config.init_from:
+        raise UserError("pretrained weights want a gentle generator; train it first: python generator.py "
+                        f"--dataset={config.dataset} --init_from={config.init_from} --block_size={config.block_size} "
+                        f"--out_dir={config.generator} --learning_rate=2e-5 --steps=N")
     return train_generator(dataclasses.replace(settings, out_dir=config.generator, device=config.device))
 
 
@@ -147,51 +168,43 @@ def obtain_probs(config, dataset, generator, rows):
 def backward(config, forward, rows, batch, chosen, paired, S):
     """Add up the gradient of the objective over this process's parts of a batch -> (new S, the terms of the loss).
 
+    rows: the batch's Rows, the first `chosen` of them chosen (or correct) responses; batch: the same, collated.
+    paired: row i and row chosen + i are a pair; else each row has a label of its own.
     L_reg and L_BT are means over the whole batch, so each part meets the rewards of all others, without gradient:
     those of other processes come from them, those of this one from a first pass where there are several parts.
     """
-    regularize, device = REGULARIZERS[config.regularizer], batch.mask.device
-    lam = 0.0 if config.regularizer == "none" else config.reg_weight
-    (rank, world), several = processes(), config.accumulate > 1
-    numbers, packs = [], []
+    (rank, world), in_parts, device = processes(), config.accumulate > 1, batch.mask.device
+    members, packs = [], []
     for part in range(rank, world * config.accumulate, world):
-        some, likelihoods = part_of_batch(part, world * config.accumulate, chosen, len(rows), paired)
-        numbers.append(torch.from_numpy(some).to(device, non_blocking=True))
-        packs.append(pack([rows[i] for i in some], likelihoods, batch.mask.size(1)).to(device))
-    everyone = torch.zeros(batch.mask.shape, device=device)                             # (2B, T)
-    share = config.lm_trunk_gradient if config.lm_weight > 0 else None
-    with autocast(device, config.dtype), torch.set_grad_enabled(not several):
-        outputs = [forward(packed, None if several else share) for packed in packs]     # (rows, T), (M,) of each part
-    for some, (rewards, _) in zip(numbers, outputs):
-        everyone[some] = rewards.detach()
+        numbers, scored = part_of_batch(part, world * config.accumulate, chosen, len(rows), paired)
+        members.append(to_device(torch.from_numpy(numbers), device))
+        packs.append(pack([rows[i] for i in numbers], scored, batch.mask.size(1)).to(device))
+    all_rewards = torch.zeros(batch.mask.shape, device=device)                          # (rows, T)
+    lm_gradient = config.lm_trunk_gradient if config.lm_weight > 0 else None
+    with autocast(device, config.dtype), torch.set_grad_enabled(not in_parts):
+        outputs = [forward(packed, None if in_parts else lm_gradient) for packed in packs]    # (rows, T), (M,) of each part
+    for numbers, (rewards, _) in zip(members, outputs):
+        all_rewards[numbers] = rewards.detach()
     if world > 1:
-        dist.all_reduce(everyone)
+        dist.all_reduce(all_rewards)
     total_lm = 0.0
-    for k, (some, packed) in enumerate(zip(numbers, packs)):
+    for k, (numbers, packed) in enumerate(zip(members, packs)):
         with forward.no_sync() if world > 1 and k < len(packs) - 1 else contextlib.nullcontext():
-            if several:
+            if in_parts:
                 with autocast(device, config.dtype):
-                    outputs[k] = forward(packed, share)
+                    outputs[k] = forward(packed, lm_gradient)
             rewards, logprobs = outputs[k]
-            rewards = everyone.index_copy(0, some, rewards)                             # (2B, T)
+            rewards = all_rewards.index_copy(0, numbers, rewards)                       # (rows, T)
+            outcome, reg, new_S, margins = terms_of_rewards(config, rewards, batch, chosen, paired, S)
             lm = length_normalised_nll(logprobs, packed, max(1, chosen)) if logprobs is not None else torch.zeros((), device=device)
-            if paired:
-                outcome, margins = bradley_terry(rewards, batch.last)
-                reg, scale = regularize(rewards, batch.probs, batch.mask)
-            else:
-                outcome, margins = label_cross_entropy(rewards, batch.last, chosen)
-                reg, scale = regularize(*against_nobody(rewards, batch.probs, batch.mask, chosen))
-            new_S = S if scale is None else 0.95 * S + 0.05 * scale.detach()
-            reg = reg if scale is None else reg / new_S
-            loss = config.lm_weight * lm + lam * reg + (1 - lam) * outcome
-            (world * loss).backward()       # DistributedDataParallel takes the mean over processes
+            (world * objective(config, outcome, reg, lm)).backward()    # DistributedDataParallel takes the mean over processes
         total_lm = total_lm + lm.detach()
     return new_S, {"outcome": outcome.detach(), "reg": reg.detach(), "lm": total_lm, "margins": margins.detach()}
 
 
 def train(config):
+    """Train, or continue, or just load the reward model in config.out_dir -> (RewardModel, Dataset, its training data, its splits)."""
     choose("regularizer", config.regularizer, REGULARIZERS)
-    lam = 0.0 if config.regularizer == "none" else config.reg_weight
     device, (rank, world) = pick_device(config.device), processes()
     dataset = open_dataset(config.dataset)
     tokenizer = dataset.tokenizer
@@ -207,7 +220,8 @@ def train(config):
           f"mean {sum(p.sum() for p in probs) / sum(map(len, probs)):.3f}")
 
     torch.manual_seed(config.seed)
-    model = RewardModel.from_generator(generator).to(device)
+    model, sizes = RewardModel.from_generator(generator).to(device), dataclasses.asdict(generator.transformer.config)
+    del generator       # its place on the device is free again
     model.transformer.recompute = config.recompute
     if config.unfrozen >= 0:
         model.transformer.freeze(config.unfrozen)
@@ -216,7 +230,7 @@ def train(config):
     first = run.restore(model, optimizer)
     S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
     save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
-                                 tokenizer=tokenizer.to_dict(), model_config=dataclasses.asdict(generator.transformer.config))
+                                 tokenizer=tokenizer.to_dict(), model_config=sizes)
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(forward, dynamic=True) if config.compile else forward
     model.train()
@@ -238,9 +252,8 @@ def train(config):
                 dist.all_reduce(terms["lm"])
             margins = terms.pop("margins")
             terms = {key: value.item() for key, value in terms.items()}
-            record = {"step": done, "loss": config.lm_weight * terms["lm"] + lam * terms["reg"] + (1 - lam) * terms["outcome"],
-                      **terms, "accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item(),
-                      "grad_norm": grad_norm.item(), "learning_rate": rate, "S": S.item()}
+            record = {"step": done, "loss": objective(config, **terms), **terms, "accuracy": (margins > 0).float().mean().item(),
+                      "margin": margins.mean().item(), "grad_norm": grad_norm.item(), "learning_rate": rate, "S": S.item()}
             check_finite(done, record["loss"], record["grad_norm"])
             if evaluates and rank == 0:
                 record["eval_accuracy"] = evaluate_split(model, splits["val"], device)[0]["accuracy"]
@@ -263,9 +276,8 @@ def main(config):
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay", "lm_weight")
     in_range(config, 0, 1, "reg_weight", "lm_trunk_gradient")
     in_range(config, -1, config.n_layer, "unfrozen")
-    in_range(config, 1e-9, 1e9, "temperature")
-    in_range(config, 1e-9, 1, "top_p")
-    in_range(config, 1e-9, 1e9, "clip")
+    in_range(config, TINY, 10**9, "temperature", "clip")
+    in_range(config, TINY, 1, "top_p")
     autocast(pick_device(config.device), config.dtype)
     rank, world = processes()
     if config.batch_size % (world * config.accumulate):
@@ -279,7 +291,7 @@ def main(config):
         dist.destroy_process_group()
     if rank > 0:
         return
-    print(f"trained in {time.time() - started:.0f} s; evaluating")
+    print(f"data, generator and training took {time.time() - started:.0f} s; evaluating")
     results = evaluate_splits(model, dataset, splits, pick_device(config.device))
     write_json(Path(config.out_dir) / "eval.json", {"settings": dataclasses.asdict(config), "splits": results,
                                                     "train": {"n": len(data), "skipped": data.skipped}})

@@ -4,7 +4,7 @@ A row is one prompt and one response; the end-of-text token closes the response 
 the response's reward. The objective sees rows padded on the right (`collate`); the model reads them
 packed (`pack`): every distinct prompt once, and no padding. Nothing is inferred from token ids.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -113,30 +113,32 @@ def print_left_out(path, noun, kept, bad, long, cut, block_size, strict):
         raise UserError(f"{path}: none of its {noun} fits into the context of {block_size} tokens")
 
 
-@dataclass
-class Batch:
-    tokens: torch.Tensor    # (rows, T) int64
+def to_device(tensor, device):
+    """A copy on the device; a GPU's is made from pinned memory, so that nobody waits for it."""
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+class Batch(NamedTuple):
     mask: torch.Tensor      # (rows, T) bool, True on response tokens
     last: torch.Tensor      # (rows,) int64, the position of each response's last token
     probs: torch.Tensor     # (rows, T-1), the generator's probability of token t+1; 0 where it is not known
 
     def to(self, device):
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(*(to_device(part, device) for part in self))
 
 
 def collate(rows, probs=None):
     """Rows (and the probabilities of each one's response tokens) -> Batch, padded on the right to the longest."""
     longest = max(map(len, rows))
-    tokens, mask = np.zeros((len(rows), longest), np.int64), np.zeros((len(rows), longest), bool)
+    mask = np.zeros((len(rows), longest), bool)
     link_probs = np.zeros((len(rows), longest - 1), np.float32)
     for i, row in enumerate(rows):
         start, end = len(row.prompt), len(row)
-        tokens[i, :start], tokens[i, start:end] = row.prompt, row.response
         mask[i, start:end] = True
         if probs is not None:
             link_probs[i, start - 1:end - 1] = probs[i]
     last = torch.tensor([len(row) - 1 for row in rows])
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), last, torch.from_numpy(link_probs))
+    return Batch(torch.from_numpy(mask), last, torch.from_numpy(link_probs))
 
 
 class Packed(NamedTuple):
@@ -156,12 +158,12 @@ class Packed(NamedTuple):
     lengths: torch.Tensor   # (R,) int64, tokens of each response
 
     def to(self, device):
-        move = lambda part: part.to(device, non_blocking=True)
+        move = lambda part: to_device(part, device)
         return Packed(*(tuple(map(move, part)) if isinstance(part, tuple) else move(part) for part in self))
 
 
-def pack(rows, likelihoods=None, width=0, share_prompts=True, groups=8):
-    """Rows -> Packed. likelihoods: of how many rows, from the first, the response's likelihood is asked for (None: all).
+def pack(rows, scored=None, width=0, share_prompts=True, groups=8):
+    """Rows -> Packed. scored: of how many rows, from the first, the response's likelihood is asked for (None: all).
 
     width: T, where it is not the longest row's; groups: into how many the rows are dealt out for attention.
     """
@@ -182,7 +184,7 @@ def pack(rows, likelihoods=None, width=0, share_prompts=True, groups=8):
         for i in group:
             places[indices[i]] = offset + np.arange(len(indices[i]))
             offset += cells.shape[1]
-    some = range(len(rows) if likelihoods is None else likelihoods)
+    some = range(len(rows) if scored is None else scored)
     sources = [indices[i][len(rows[i].prompt) - 1:-1] for i in some]
     arrays = (np.concatenate(tokens), np.concatenate(positions), dealt, places, pad_right(indices, width),
               np.concatenate([[], *sources]), np.concatenate([[], *(rows[i].response for i in some)]),

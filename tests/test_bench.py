@@ -53,9 +53,9 @@ def test_the_bench_prints_its_table_and_writes_its_figures(tmp_path, capsys):
 def test_unknown_lengths_are_refused():
     with pytest.raises(UserError, match="choose one of: hh, gsm8k"):
         bench.main(config(lengths="hh,mine"))
-    with pytest.raises(UserError, match="--block_size must be from"):
+    with pytest.raises(UserError, match="--block_size must be at least"):
         bench.main(config(block_size=256))
-    with pytest.raises(UserError, match="--pairs must be from 1 to 512"):
+    with pytest.raises(UserError, match="--pairs must be at least 1 and at most 512"):
         bench.main(config(pairs=600))
-    with pytest.raises(UserError, match="--new_tokens must be from 1 to 960"):
+    with pytest.raises(UserError, match="--new_tokens must be at least 1 and at most 960"):
         bench.main(config(new_tokens=1000))

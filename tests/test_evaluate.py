@@ -134,7 +134,7 @@ def test_compare_and_checkpoint_errors_are_one_line(inside, tmp_path):
         main("--checkpoint=out/nowhere")
     with pytest.raises(UserError, match="name a reward model"):
         main()
-    with pytest.raises(UserError, match="not the checkpoint of a reward model"):
+    with pytest.raises(UserError, match="holds no reward model"):
         main("--checkpoint=out/toy-generator")
     cut, text = tmp_path / "cut.pt", tmp_path / "text.pt"
     cut.write_bytes((inside / "out/run/ckpt.pt").read_bytes()[:5000])

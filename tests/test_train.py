@@ -210,8 +210,8 @@ def test_a_dataset_made_again_is_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more, message", [
-    (dict(steps=0), "--steps must be from 1"), (dict(learning_rate="nan"), "--learning_rate must be"),
-    (dict(reg_weight=1.5), "--reg_weight must be from 0 to 1"), (dict(top_p=0), "--top_p must be"), (dict(seed=-1), "--seed must be"),
+    (dict(steps=0), "--steps must be at least 1, not 0"), (dict(learning_rate="nan"), "--learning_rate must be"),
+    (dict(reg_weight=1.5), "--reg_weight must be at least 0 and at most 1, not 1.5"), (dict(top_p=0), "--top_p must be above 0 and at most 1, not 0"), (dict(seed=-1), "--seed must be"),
     (dict(device="meta"), "choose auto, cpu"),
     (dict(regularizer="icmr"), "choose one of: none, icrm"), (dict(dataset="toys"), "no dataset 'toys'"),
     (dict(device="cuda:99"), "cannot be used"), (dict(dtype="float8"), "unknown dtype"),
@@ -317,7 +317,7 @@ def test_two_processes_give_the_losses_of_one(inside, tmp_path):
     done = subprocess.run([*command, *small_run("out/two", accumulate=2)], cwd=tmp_path, capture_output=True, text=True,
                           timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained in") == 1                 # the first process alone prints
+    assert done.stdout.count("training took") == 1                 # the first process alone prints
     assert_same_run(inside / "out/run", tmp_path / "out/two")
     assert json.loads((tmp_path / "out/two/eval.json").read_text())["splits"]["val"]["n"] == 20
 

@@ -42,7 +42,7 @@ def main(config):
     in_range(config, 0, 1, "noise", "fidelity")
     in_range(config, 0, World.clauses - 1, "late")
     in_range(config, 1, len(NEUTRAL), "fillers")
-    choose("remarks", config.remarks, dict.fromkeys(("usual", "random", "opposite")))
+    choose("remarks", config.remarks, ("usual", "random", "opposite"))
     prepare(config)
 
 
