@@ -8,8 +8,8 @@
     python evaluate.py --compare=none.jsonl,icrm.jsonl                      two models on the same pairs (--examples)
     python evaluate.py --checkpoint=CKPT --export=FOLDER                    for transformers, TRL and RewardBench
 
-A response's reward is read at its end-of-text token, in fp32, in eval mode; it is a function of the prompt
-and the response alone, whatever the batch. Accuracy is strict (a tie is wrong) and taken once over all pairs.
+A response's reward is read at its end-of-text token, in fp32 (with TF32 products on a GPU), in eval mode; it is a
+function of the prompt and the response alone, whatever the batch. Accuracy is strict (a tie is wrong) and taken once over all pairs.
 """
 import json
 import math

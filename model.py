@@ -185,7 +185,7 @@ class RewardModel(nn.Module):
         lm_trunk_gradient, the share of L_SFT's gradient that reaches the trunk, the log-probability of each of its
         M response tokens, (M,)."""
         hidden = self.transformer(packed.tokens, packed=packed)                         # (N, C)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):     # a sum: a matrix product may use TF32
             rewards = (hidden.float() * self.score.weight[0]).sum(-1)                   # (N,)
         rewards = rewards[packed.rows]                                                  # (R, T)
         if lm_trunk_gradient is None:
@@ -254,7 +254,9 @@ def pick_device(name):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name} cannot be used here ({str(error).splitlines()[0]})") from None
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
     return device
 
 

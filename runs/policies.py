@@ -13,8 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import study
 from bon import BonConfig, evaluate_candidates, kl_of_best_of_n, sample_candidates, toy_questions, worth_of_gold
 from compare import mean_and_half_width
@@ -23,6 +22,7 @@ from dpo import DPOConfig
 from dpo import main as align
 from evaluate import load_reward_model
 from generator import load_generator
+from tables import table
 from train import train
 
 ARMS = ("none", "icrm", "icrm_uniform", "dense_bt", "icrm_gap_bound")
@@ -86,10 +86,10 @@ def print_tables(runs):
         before = [run[world]["gold_before"] for run in runs if run["regularizer"] == "none"]
         print(f"\n{world} world: DPO (gold before it {sum(before) / len(before):.2f}), then best of n\n")
         rows = [[f"`{name}`"] + [paired(runs, name, lambda run: run[world][key]) for key in keys.values()] for name in ARMS]
-        print(study.table(["reward model", *keys], rows) + "\n")
+        print(table(["reward model", *keys], rows) + "\n")
         sizes = ("4", "16", "64")
         rows = [[f"`{name}`"] + [paired(runs, name, lambda run: run[world]["best_of_n"][n]) for n in sizes] for name in ARMS]
-        print(study.table(["reward model", *(f"best of {n} (KL {kl_of_best_of_n(int(n)):.2f})" for n in sizes)], rows))
+        print(table(["reward model", *(f"best of {n} (KL {kl_of_best_of_n(int(n)):.2f})" for n in sizes)], rows))
 
 
 def main(config):

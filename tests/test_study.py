@@ -71,9 +71,9 @@ def test_a_study_runs_resumes_and_keeps_the_other_parts(study, tmp_path, monkeyp
 def test_differences_are_paired_by_draw(study):
     runs = lambda values: [{"seed": seed, "val": {"accuracy": value}} for seed, value in values.items()]
     a, b = runs({0: 0.9, 1: 0.5, 2: 0.7}), runs({2: 0.6, 0: 0.8, 1: 0.4})
-    assert study.difference(a, b, "val") == "**+0.100 ± 0.000**"
-    assert study.mean_and_error(a, "val") == f"0.700 ± {0.2 / math.sqrt(3):.3f}"
-    assert not study.difference(a, runs({0: 0.5, 1: 0.9, 2: 0.6}), "val").startswith("**")
+    assert study.tables.difference(a, b, "val") == "**+0.100 ± 0.000**"
+    assert study.tables.mean_and_error(a, "val") == f"0.700 ± {0.2 / math.sqrt(3):.3f}"
+    assert not study.tables.difference(a, runs({0: 0.5, 1: 0.9, 2: 0.6}), "val").startswith("**")
 
 
 def test_what_a_reward_reads_is_found_again(study, monkeypatch):
