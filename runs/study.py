@@ -1,6 +1,7 @@
 """The regularizer laboratory: every regularizer, its controls and its rivals on ten draws of the toy world.
 
     python runs/study.py                    the main tables
+    python runs/study.py --part=confirm     six of its arms on twenty other draws
     python runs/study.py --part=tune        kappa and the number of steps, chosen on other draws
     python runs/study.py --part=reading     what the final reward reads, evidence or remarks, clause by clause
     python runs/study.py --part=regimes     the main contenders in worlds, models and data of other kinds
@@ -46,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class StudyConfig:
-    part: str = "main"      # main, tune, reading, regimes, mismatch or tables
+    part: str = "main"      # main, confirm, tune, reading, regimes, mismatch or tables
     workers: int = 2        # processes, one thread each
     worlds: int = 0         # draws of the world; 0: as many as the part has in the README
 
@@ -86,7 +87,7 @@ VARIANTS = {
     "p of 50 steps": ({}, dict(probs_from="out/study/p of 50 steps"), {}),
     "p of another world": ({}, dict(probs_from="out/study/p of another world"), {}),
 }
-PARTS = ("main", "tune", "reading", "regimes", "mismatch")
+PARTS = ("main", "confirm", "tune", "reading", "regimes", "mismatch")
 FROM_ELSEWHERE = [name for name in VARIANTS if name.startswith("p ")]
 KAPPAS = (8, 32, 128, 512)
 
@@ -121,6 +122,9 @@ def jobs_of(part, worlds):
                                               "icrm_gap_bound_uniform", "icrm_gap_bound@8", "icrm_gap_bound_uniform@8")]
         arms += [("icrm", 0.1, 80)]
         return [Job(part, world, *arm) for world in range(worlds or 10) for arm in arms]
+    if part == "confirm":
+        return [Job(part, 10 + world, name) for world in range(worlds or 20)
+                for name in ("none", "icrm", "icrm_uniform", "dense_bt", "icrm_gap_bound", "icrm_gap_bound_uniform")]
     names = ["none", "icrm", "icrm_gap_bound", "icrm_gap_bound_uniform"]
     if part == "reading":
         return [Job(part, world, name) for world in range(worlds or 10) for name in names]

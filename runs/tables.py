@@ -141,8 +141,10 @@ def print_tables(runs):
     default = [run for run in parts.get("main", []) if (run["reg_weight"], run["steps"]) == (0.5, 160)]
     tables = {"tune": tune_table, "reading": reading_table, "regimes": lambda runs: regimes_table(runs, default),
               "mismatch": lambda runs: mismatch_table(runs, default)}
-    if main:
-        print(f"in short, 160 steps\n\n{summary_table(main, 160)}")
+    if "confirm" in parts:
+        confirm = grouped(parts["confirm"], "regularizer", "reg_weight", "steps")
+        print(f"in short, twenty fresh draws\n\n{summary_table(confirm, 160)}")
+        print(f"\nconfirm\n\n{main_tables(confirm, 160)}\n\n{contrast_table(confirm, 160)}")
     for steps in (160, 80) if main else ():
         print(f"\n{steps} steps: mean ± standard error; difference to `none` ± half a 95% interval; pair by pair\n")
         print(main_tables(main, steps) + "\n\n" + contrast_table(main, steps))

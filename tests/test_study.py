@@ -26,7 +26,7 @@ def study(monkeypatch):
     regularizer.REGULARIZERS.update(box)
 
 
-@pytest.mark.parametrize("part", ["tune", "main", "reading", "regimes", "mismatch"])
+@pytest.mark.parametrize("part", ["tune", "main", "confirm", "reading", "regimes", "mismatch"])
 def test_every_run_has_a_folder_of_its_own_a_known_regularizer_and_settings(study, part):
     jobs = study.jobs_of(part, 0)
     assert len({job.folder for job in jobs}) == len(jobs)
