@@ -1,13 +1,18 @@
 """What published benchmarks make of rewards: RewardBench's sections, RM-Bench's matrix, first errors, calibration.
 
-Pure functions of numbers; evaluate.py scores the responses and calls them. Sources: RewardBench v1 (Lambert et al.
+Functions of numbers, and two that show what came of them; evaluate.py scores the responses and calls them. Sources: RewardBench v1 (Lambert et al.
 2024, arXiv 2403.13787; rewardbench/constants.py), RM-Bench (Liu et al. 2024, arXiv 2410.16184), ProcessBench (Zheng
 et al. 2024, arXiv 2412.06559). Left out: RewardBench's "prior sets" and RewardBench 2.
 """
 import itertools
 import math
+import textwrap
+from pathlib import Path
 
 import numpy as np
+
+from config import write_json
+from data.pairs import TURN
 
 # RewardBench v1: the number of prompts of each subset is its weight in its section.
 SECTIONS = {
@@ -112,3 +117,34 @@ def mcnemar(a, b):
     n, k = first + second, min(first, second)
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return first, second, float(min(1.0, 2 * tail / 2 ** n)) if n else 1.0
+
+
+def print_benchmarks(results):
+    """RewardBench's sections and RM-Bench's matrix, where the subsets have them, and the calibration."""
+    if "rewardbench" in results:
+        found = results["rewardbench"]
+        print("RewardBench  " + "  ".join(f"{section} {value:.3f}" for section, value in found["sections"].items())
+              + f"  overall {found['overall']:.3f}")
+        for key, text in (("missing", "subsets without pairs"), ("unknown", "subsets of no section")):
+            if found[key]:
+                print(textwrap.fill(f"{text}: {', '.join(found[key])}", 80))
+    for name, found in results.get("rm_bench", {}).items():
+        print(f"RM-Bench {name}: easy {found['easy']:.3f}  normal {found['normal']:.3f}  hard {found['hard']:.3f}  "
+              f"mean {found['mean']:.3f}; chosen style (row) against rejected style:")
+        for i, row in enumerate(found["matrix"]):
+            print(f"  {i}  " + "  ".join(f"{value:.3f}" for value in row))
+    print(f"calibration error of sigma(r(chosen) - r(rejected)): {results['reliability']['ece']:.3f}")
+
+
+def write_rewardbench(folder, name, data, records, results):
+    """RewardBench's two result files, eval-set/NAME.json and eval-set-scores/NAME.json; the first has the section scores too."""
+    model = {"model": name, "model_type": "Seq. Classifier", "chat_template": "dialogue" if TURN in data.pairs[0].prompt else "none"}
+    accuracies = {subset: part["accuracy"] for subset, part in results.get("subsets", {}).items()}
+    write_json(Path(folder) / "eval-set" / f"{name}.json", model | accuracies | results.get("rewardbench", {}).get("sections", {}))
+    columns = {"text_chosen": [pair.prompt + pair.chosen for pair in data.pairs],
+               "text_rejected": [pair.prompt + pair.rejected for pair in data.pairs],
+               "id": [record["id"] for record in records], "subset": [record["subset"] for record in records],
+               "scores_chosen": [record["chosen_reward"] for record in records],
+               "scores_rejected": [record["rejected_reward"] for record in records],
+               "results": [int(record["chosen_reward"] > record["rejected_reward"]) for record in records]}
+    write_json(Path(folder) / "eval-set-scores" / f"{name}.json", model | columns)

@@ -14,7 +14,6 @@ function of the prompt and the response alone, whatever the batch. Accuracy is s
 import json
 import math
 import sys
-import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import best_threshold, first_error_scores, reliability, rewardbench_sections, rm_bench, sigmoid
+from benchmarks import (best_threshold, first_error_scores, print_benchmarks, reliability, rewardbench_sections, rm_bench,
+                        sigmoid, write_rewardbench)
 from compare import compare_examples, compare_runs, print_lines
 from config import UserError, fingerprint, in_range, load_checkpoint, run_script, show, write_atomically, write_json
 from data import tokenizer as tokenizers
 from data.batches import (PairData, fit_row, in_length_order, load_contrasts, load_pairs, load_responses, pack, pair_rows,
                           print_left_out)
-from data.pairs import TURN, read_steps
+from data.pairs import read_steps
 from data.prepare import open_dataset
 from data.toy.truth import compare_with_truth
 from data.toy.world import World, split_worlds
@@ -173,20 +173,6 @@ def example_records(data, rewards):
             for i, (pair, (chosen, rejected)) in enumerate(zip(data.pairs, data.rows))]
 
 
-def write_rewardbench(folder, name, data, records, results):
-    """RewardBench's two result files, eval-set/NAME.json and eval-set-scores/NAME.json; the first has the section scores too."""
-    model = {"model": name, "model_type": "Seq. Classifier", "chat_template": "dialogue" if TURN in data.pairs[0].prompt else "none"}
-    accuracies = {subset: part["accuracy"] for subset, part in results.get("subsets", {}).items()}
-    write_json(Path(folder) / "eval-set" / f"{name}.json", model | accuracies | results.get("rewardbench", {}).get("sections", {}))
-    columns = {"text_chosen": [pair.prompt + pair.chosen for pair in data.pairs],
-               "text_rejected": [pair.prompt + pair.rejected for pair in data.pairs],
-               "id": [record["id"] for record in records], "subset": [record["subset"] for record in records],
-               "scores_chosen": [record["chosen_reward"] for record in records],
-               "scores_rejected": [record["rejected_reward"] for record in records],
-               "results": [int(record["chosen_reward"] > record["rejected_reward"]) for record in records]}
-    write_json(Path(folder) / "eval-set-scores" / f"{name}.json", model | columns)
-
-
 def evaluate_labels(model, data, device, batch_size=64):
     """Responses with labels -> (metrics, rewards of every prefix). Accuracy is the share with r > 0 where the label
     is correct and r < 0 where it is not; auc the probability that a correct response has the higher reward of two
@@ -284,23 +270,6 @@ def print_table(results):
     used = [i for i in range(len(COLUMNS) + 1) if any(row[i] != "" for row in rows)]
     lines = [["split", *COLUMNS.values()]] + [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     print_lines([[line[i] for i in used] for line in lines])
-
-
-def print_benchmarks(results):
-    """RewardBench's sections and RM-Bench's matrix, where the subsets have them, and the calibration."""
-    if "rewardbench" in results:
-        found = results["rewardbench"]
-        print("RewardBench  " + "  ".join(f"{section} {value:.3f}" for section, value in found["sections"].items())
-              + f"  overall {found['overall']:.3f}")
-        for key, text in (("missing", "subsets without pairs"), ("unknown", "subsets of no section")):
-            if found[key]:
-                print(textwrap.fill(f"{text}: {', '.join(found[key])}", 80))
-    for name, found in results.get("rm_bench", {}).items():
-        print(f"RM-Bench {name}: easy {found['easy']:.3f}  normal {found['normal']:.3f}  hard {found['hard']:.3f}  "
-              f"mean {found['mean']:.3f}; chosen style (row) against rejected style:")
-        for i, row in enumerate(found["matrix"]):
-            print(f"  {i}  " + "  ".join(f"{value:.3f}" for value in row))
-    print(f"calibration error of sigma(r(chosen) - r(rejected)): {results['reliability']['ece']:.3f}")
 
 
 SHADES = (33, 75, 117, 153, 231, 223, 216, 215, 208)    # blue to orange in the terminal's 256 colours
