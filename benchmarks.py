@@ -1,8 +1,8 @@
 """What published benchmarks make of rewards: RewardBench's sections, RM-Bench's matrix, first errors, calibration.
 
-Functions of numbers, and two that show what came of them; evaluate.py scores the responses and calls them. Sources: RewardBench v1 (Lambert et al.
-2024, arXiv 2403.13787; rewardbench/constants.py), RM-Bench (Liu et al. 2024, arXiv 2410.16184), ProcessBench (Zheng
-et al. 2024, arXiv 2412.06559). Left out: RewardBench's "prior sets" and RewardBench 2.
+Functions of numbers, and two that show what came of them; evaluate.py scores the responses and calls them. Sources:
+RewardBench v1 (Lambert et al. 2024, arXiv 2403.13787; rewardbench/constants.py), RM-Bench (Liu et al. 2024, arXiv
+2410.16184), ProcessBench (Zheng et al. 2024, arXiv 2412.06559). Left out: RewardBench's "prior sets" and RewardBench 2.
 """
 import itertools
 import math
