@@ -40,9 +40,11 @@ def test_cells_are_means_and_differences_paired_by_draw(policies, capsys):
     assert printed.count("| `icrm_uniform` |") == 4 and "best of 64" in printed
 
 
-def test_the_tables_of_the_readme_are_those_of_its_runs(policies, capsys):
+def test_the_tables_of_the_readmes_are_those_of_its_runs(policies, capsys):
     policies.print_tables(json.loads((RUNS / "policies.json").read_text()))
     printed = set(capsys.readouterr().out.splitlines())
     text = (RUNS.parent / "README.md").read_text(encoding="utf-8")
-    quoted = [line for line in text[text.index("## Policies"):text.index("## Speed")].splitlines() if line.startswith("|")]
-    assert len(quoted) == 28 and not [line for line in quoted if line not in printed]
+    laboratory = (RUNS / "README.md").read_text(encoding="utf-8")
+    for section, lines in ((text[text.index("## Policies"):text.index("## Speed")], 7), (laboratory[laboratory.index("## Policies"):], 28)):
+        quoted = [line for line in section.splitlines() if line.startswith("|")]
+        assert len(quoted) == lines and not [line for line in quoted if line not in printed]
