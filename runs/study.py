@@ -11,7 +11,7 @@
 A draw of the world is a dataset, a generator and a training seed of its own; everything is paired by draw. A
 finished run is not repeated: delete out/study to start over. All runs of all parts are in runs/study.json.
 The rule for kappa and steps: of all settings with val accuracy within 0.01 of the best, the one with the highest
-correlation with the exact value on the training responses. (When it was made, and what came of it: README.)
+correlation with the exact value on the training responses. (When it was made, and what came of it: runs/README.md.)
 """
 import contextlib
 import dataclasses
