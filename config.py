@@ -1,9 +1,7 @@
-"""Settings from the command line, and runs that survive being killed.
+"""Settings from the command line, files that are never half written, and the folder of a run.
 
-A script declares one frozen dataclass; every field is set by `--key=value`, and a field's
-trailing comment is its line in `--help`. A Run is an output folder: its settings, its log
-and its checkpoint, each written so that a reader never sees half a file.
-
+A script declares one frozen dataclass; every field is set by `--key=value`, and a field's trailing
+comment is its line in `--help`. Every mistake of the user is one line and exit status 2.
 Left out on purpose: config files, nested settings, environment variables.
 """
 import dataclasses
@@ -13,14 +11,16 @@ import inspect
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
 
-
+HERE = Path(__file__).resolve().parent
 TINY = 1e-9     # as good as 0 for a setting that must not be 0
+LAYOUT = 2      # of checkpoints and datasets; another number is made again
 
 
 class UserError(Exception):
@@ -29,14 +29,24 @@ class UserError(Exception):
 
 def run_script(config_class, main):
     """Parse the command line into config_class and call main(config)."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(parse(config_class, sys.argv[1:]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; a training run is continued by the same command")
+        sys.exit("interrupted; a training run goes on with --resume=True")
+
+
+def run_other(script, **settings):
+    """Run another of our scripts as a command; its failure, already explained, is ours."""
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    print("+ python", script, *arguments, flush=True)
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    done = subprocess.run([sys.executable, HERE / script, *arguments], env=environment)
+    if done.returncode:
+        raise UserError(f"python {script} did not finish; see above")
 
 
 def parse(config_class, arguments):
@@ -49,10 +59,10 @@ def parse(config_class, arguments):
             sys.exit(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            raise UserError(f"cannot read {argument!r}; settings are written --key=value (--help lists them)")
+            raise UserError(f"cannot read {argument!r}; write --key=value (--help lists them)")
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-            raise UserError(f"unknown setting --{key}; did you mean --{near[0]}? (--help lists them all)")
+            raise UserError(f"unknown setting --{key}; did you mean --{near[0]}? (or see --help)")
         values[key] = convert(key, text, type(fields[key].default))
     return config_class(**values)
 
@@ -66,17 +76,8 @@ def convert(key, text, kind):
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"--{key} takes {'a whole number' if kind is int else 'a number'}, not {text!r}") from None
-
-
-def in_range(config, low, high, *names):
-    """A UserError for the first of these settings that is not a number from low (TINY: above 0) to high."""
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value <= high:    # not a number fails too
-            wanted = "above 0" if low == TINY else f"at least {low}"
-            wanted += f" and at most {high}" if high < 10**9 or value > high else ""
-            raise UserError(f"--{name} must be {wanted}, not {value}")
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{key} takes {wanted}, not {text!r}") from None
 
 
 def usage(config_class):
@@ -90,12 +91,21 @@ def usage(config_class):
 
 
 def show(config):
-    """Print the settings, a star before each one that is not its default."""
-    changed = {field.name for field in dataclasses.fields(config)
-               if getattr(config, field.name) != field.default}
-    words = [f"{'*' if name in changed else ''}{name}={value}"
-             for name, value in dataclasses.asdict(config).items() if value != ""]
-    print(textwrap.fill("settings (* changed): " + "  ".join(words), 80, break_long_words=False, break_on_hyphens=False))
+    """Print the settings that are not their defaults."""
+    changed = [f"--{field.name}={getattr(config, field.name)}"
+               for field in dataclasses.fields(config)
+               if getattr(config, field.name) != field.default]
+    print("settings:", "  ".join(changed) or "all defaults (--help lists them)")
+
+
+def in_range(config, low, high, *names):
+    """A UserError for the first of these settings that is not from low (TINY: above 0) to high."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:    # not a number fails too
+            wanted = "above 0" if low == TINY else f"at least {low}"
+            wanted += f" and at most {high}" if high < 10**9 or value > high else ""
+            raise UserError(f"--{name} must be {wanted}, not {value}")
 
 
 def choose(name, value, options):
@@ -103,6 +113,8 @@ def choose(name, value, options):
     if value not in options:
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(options)}")
 
+
+# Files ------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
     """Call write(temporary_path), flush it to disk and rename it to path: all of it or none."""
@@ -121,102 +133,121 @@ def write_atomically(path, write):
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path, value):
     try:
         text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     except ValueError:
-        raise UserError(f"a result for {path} is not a finite number; nothing was written") from None
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        raise UserError(f"a result for {path} is not finite; nothing was written") from None
+    write_text(path, text)
 
 
-def load_checkpoint(path, kind):
-    """The dictionary saved by Run.save; kind is 'reward model', 'generator', 'policy', 'probs' or
-    'dpo pairs', or several of them in a tuple."""
+def read_json(path, made_by):
+    """A JSON object that one of our scripts wrote."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; make it with {made_by}") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; make it again with {made_by}")
+    return value
+
+
+def fingerprint(*parts):
+    """A sha256 over tensors, contiguous arrays, strings and dictionaries of them."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, dict):
+            part = "".join(f"{key}:{fingerprint(value)}" for key, value in sorted(part.items()))
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().contiguous().numpy()
+        digest.update(part.encode() if isinstance(part, str) else part.reshape(-1))
+    return digest.hexdigest()
+
+
+# Runs -------------------------------------------------------------------------------------------
+
+def load_checkpoint(path, *kinds):
+    """The dictionary saved by Run.save, of a file or the folder that holds it; kinds: 'generator',
+    'reward model' or 'policy'."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file of other bytes makes the unpickler raise
-        raise UserError(f"{path} is not a checkpoint, or is cut short ({type(error).__name__})") from None
-    kinds = (kind,) if isinstance(kind, str) else kind
+        raise UserError(f"{path} is no checkpoint, or cut short ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in kinds:
         raise UserError(f"{path} holds no {' or '.join(kinds)}")
+    if checkpoint.get("layout") != LAYOUT:
+        raise UserError(f"{path} was written by another edition of this project; train it again")
     return checkpoint
 
 
 def check_finite(step, *values):
     """Stop the run where a loss or a gradient is not a number; the checkpoint before it stays."""
     if not all(map(math.isfinite, values)):
-        raise UserError(f"the loss or its gradient is not finite at step {step}; the last checkpoint, if any, is kept. "
-                        "Try a smaller --learning_rate, or --dtype=float32")
-
-
-def fingerprint(*parts):
-    """A sha256 over tensors, arrays, strings and dictionaries of them."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, dict):
-            part = "".join(f"{key}:{fingerprint(value)}" for key, value in sorted(part.items()))
-        elif isinstance(part, torch.Tensor):
-            part = part.detach().cpu().contiguous().numpy()
-        digest.update(part.encode() if isinstance(part, str) else part.tobytes())
-    return digest.hexdigest()
+        raise UserError(f"the loss or its gradient is not finite at step {step}; the last "
+                        "checkpoint, if any, is kept. Try a smaller --learning_rate")
 
 
 class Run:
     """An output folder: ckpt.pt and log.jsonl of one training run with one set of settings.
 
-    Opening a folder that holds a run continues it when every setting agrees, refuses it by
-    the name of the first one that does not, and with overwrite=True starts over. `match` does
-    the same for what the settings only name: the data, the vocabulary, the generator.
+    Starting a run in a folder that holds one keeps the old one as FOLDER.previous. With resume the
+    old one goes on instead, and is refused by name where a setting or an input (the data, p, the
+    text of regularizer.py: fingerprints) is not what it began with.
     """
-    # Settings that may differ between a run and its continuation.
-    FREE = ("out_dir", "overwrite", "device", "json", "judge", "answers", "accumulate", "recompute", "compile")
+    FREE = ("out_dir", "resume", "device", "recompute", "compile")  # may differ in a continuation
 
-    def __init__(self, folder, kind, config, overwrite=False, writes=True):
-        self.folder, self.kind, self.writes = Path(folder), kind, writes     # of several processes one writes
-        self.settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in self.FREE}
+    def __init__(self, kind, config, inputs, writes=True):
+        self.folder, self.kind, self.writes = Path(config.out_dir), kind, writes
+        settings = dataclasses.asdict(config)
+        self.settings = {key: settings[key] for key in settings if key not in self.FREE}
+        self.inputs, self.checkpoint = inputs, None
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file, not a folder for a run")
-        self.checkpoint, self.inputs, defaults = None, {}, {field.name: field.default for field in dataclasses.fields(config)}
-        if (self.folder / "ckpt.pt").exists() and not overwrite:
+        if config.resume:
             self.checkpoint = load_checkpoint(self.folder, kind)
-            for key, value in self.settings.items():
-                found = self.checkpoint["settings"].get(key, defaults[key])     # a setting of a later version
-                if found != value:
-                    raise UserError(f"{self.folder} holds a run with --{key}={found}, not {value}; "
-                                    "choose another folder, or start over with --overwrite=True")
+            self.refuse_others()
+        elif self.writes and self.holds_run(self.folder):
+            previous = Path(f"{self.folder}.previous")
+            if self.holds_run(previous):
+                shutil.rmtree(previous)
+            self.folder.rename(previous)
+            print(f"the run that was in {self.folder} is kept as {previous}")
 
-    def match(self, **inputs):
-        """Refuse to continue with another `data`, `vocabulary`, `generator`, ... (fingerprints) than the run began with."""
-        self.inputs = inputs
-        for name, value in inputs.items():
-            if self.checkpoint and self.checkpoint.get("inputs", {}).get(name) != value:
-                script = {"generator": "generator.py", "reward model": "train.py", "policy": "dpo.py"}[self.kind]
-                raise UserError(f"the {self.kind} in {self.folder} was trained with another {name} than there is now; "
-                                f"start it over with python {script} and --overwrite=True, or choose another folder")
+    @staticmethod
+    def holds_run(folder):
+        return (folder / "log.jsonl").exists() or (folder / "ckpt.pt").exists()
+
+    def refuse_others(self):
+        """A UserError that names the first setting or input which is not the checkpoint's."""
+        settings, inputs = self.checkpoint["settings"], self.checkpoint["inputs"]
+        others = [f"--{key}={settings.get(key)}, not {value}"
+                  for key, value in self.settings.items() if settings.get(key) != value]
+        others += [f"another {key} than there is now" for key, value in self.inputs.items()
+                   if inputs.get(key) != value]
+        if others:
+            raise UserError(f"{self.folder} holds a run with {others[0]}; it goes on only as it "
+                            "began. Start anew without --resume=True")
 
     def restore(self, model, optimizer):
-        """Load the checkpoint, if any, into model and optimizer (or clear the folder); returns the next step's number."""
-        step = 0
-        if self.checkpoint is not None:
-            model.load_state_dict(self.checkpoint["model"])
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
-            step = self.checkpoint["step"]
-        if not self.writes:
-            return step
-        for name in ("ckpt.pt", "eval.json", "results.json"):
-            if step == 0:
-                (self.folder / name).unlink(missing_ok=True)
-        log = self.folder / "log.jsonl"
-        if log.exists():  # what was logged after the checkpoint will be logged again
-            kept = []
-            for line in log.read_text().splitlines(keepends=True):
-                if not line.endswith("}\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
-            write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
+        """Load the checkpoint, if any, into model and optimizer; returns the next step's number."""
+        if self.checkpoint is None:
+            return 0
+        model.load_state_dict(self.checkpoint["model"])
+        optimizer.load_state_dict(self.checkpoint["optimizer"])
+        step, log = self.checkpoint["step"], self.folder / "log.jsonl"
+        if self.writes and log.exists():    # what was logged after the checkpoint is logged again
+            lines = log.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]
+            write_text(log, "".join(line for line in whole if json.loads(line)["step"] <= step))
         return step
 
     def log(self, record):
@@ -228,7 +259,9 @@ class Run:
 
     def save(self, step, model, optimizer, **more):
         """Write ckpt.pt: step updates are done."""
-        checkpoint = dict(kind=self.kind, settings=self.settings, inputs=self.inputs, step=step,
-                          model=model.state_dict(), optimizer=optimizer.state_dict(), **more)
+        checkpoint = dict(kind=self.kind, layout=LAYOUT, settings=self.settings, inputs=self.inputs,
+                          step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                          **more)
         if self.writes:
-            write_atomically(self.folder / "ckpt.pt", lambda temporary: torch.save(checkpoint, temporary))
+            write_atomically(self.folder / "ckpt.pt",
+                             lambda temporary: torch.save(checkpoint, temporary))

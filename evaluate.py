@@ -1,19 +1,16 @@
 """How good is a reward model? Accuracy on pairs, and on the toy world the distance from the truth.
 
-    python evaluate.py --checkpoint=out/toy-icrm-seed0                      the dataset's own splits
-    python evaluate.py --checkpoint=CKPT --data=pairs.jsonl --json=OUT.json any file of pairs; RewardBench and
-                                                                            RM-Bench are known by their subsets
-    python evaluate.py --checkpoint=CKPT --steps=test.jsonl --threshold_from=val.jsonl      the first wrong step
+    python evaluate.py --checkpoint=out/toy-icrm-seed0          the splits of its own dataset
+    python evaluate.py --checkpoint=CKPT --data=pairs.jsonl     a file of pairs, or a benchmark's
+    python evaluate.py --checkpoint=CKPT --steps=test.jsonl --threshold_from=val.jsonl
+                                                                where is the first wrong step?
     python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0      runs side by side
-    python evaluate.py --compare=none.jsonl,icrm.jsonl                      two models on the same pairs (--examples)
-    python evaluate.py --checkpoint=CKPT --export=FOLDER                    for transformers, TRL and RewardBench
 
-A response's reward is read at its end-of-text token, in fp32 (with TF32 products on a GPU), in eval mode; it is a
-function of the prompt and the response alone, whatever the batch. Accuracy is strict (a tie is wrong) and taken once over all pairs.
+A response's reward is read at its end-of-text token; it depends on the prompt and the response
+alone, whatever else is in the batch. Accuracy is strict: a tie is wrong. Intervals are Wilson's,
+with the number of independent prompts in place of the number of pairs.
 """
-import json
-import math
-import sys
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,318 +18,279 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import (best_threshold, first_error_scores, print_benchmarks, reliability, rewardbench_sections, rm_bench,
-                        sigmoid, write_rewardbench)
-from compare import compare_examples, compare_runs, print_lines
-from config import UserError, fingerprint, in_range, load_checkpoint, run_script, show, write_atomically, write_json
+from benchmarks import (best_threshold, compare_with_truth, first_error_scores, print_benchmarks,
+                        print_lines, reliability, rewardbench_sections, rm_bench, share_right,
+                        text_of)
+from config import UserError, load_checkpoint, read_json, run_script, show, write_json
 from data import tokenizer as tokenizers
-from data.batches import (PairData, fit_row, in_length_order, load_contrasts, load_pairs, load_responses, pack, pair_rows,
-                          print_left_out)
-from data.pairs import read_steps
-from data.prepare import open_dataset
-from data.toy.truth import compare_with_truth
-from data.toy.world import World, split_worlds
-from model import ModelConfig, RewardModel, pick_device
-from pretrained import export_reward_model, import_reward_model, load_weights
+from data.dataset import chunks, open_dataset
+from data.pairs import read_pair_rows, read_step_rows
+from data.rows import Row, in_batches, in_row_order, make_batch
+from model import ModelConfig, RewardModel, load_weights, pick_device
+from regularizer import read_out
+
+AT_ONCE = 8     # responses in one row: attention over a row costs its length squared
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: str = ""            # a reward model: its ckpt.pt, or the folder that holds it
-    data: str = ""                  # a JSONL file of pairs; empty: the splits of the checkpoint's dataset
-    steps: str = ""                 # a JSONL file of steps: where is the first wrong one?
-    threshold_from: str = ""        # another file of steps, on which the threshold is chosen
-    json: str = ""                  # write the results here
-    examples: str = ""              # write every pair's rewards here, as JSONL (with --data)
-    rewardbench: str = ""           # write RewardBench's own result files into this folder (with --data)
-    export: str = ""                # write a folder here that transformers loads, and nothing else
-    show: int = 0                   # print so many pairs, their tokens coloured by reward (with --data)
-    compare: str = ""               # evaluated runs to show side by side: DIR,DIR,...; or files of --examples
-    as_dialogue: bool = False       # write plain prompts as one Human turn
-    batch_size: int = 64            # rows at a time; changes no result
-    device: str = "auto"            # auto, cpu, cuda, cuda:N
-    strict: bool = False            # stop at the first bad row
+    checkpoint: str = ""        # a reward model: its ckpt.pt, or the folder that holds it
+    data: str = ""              # a JSONL file of pairs; empty: the splits of the model's dataset
+    steps: str = ""             # a JSONL file of steps: where is the first wrong one?
+    threshold_from: str = ""    # another file of steps, on which the threshold is chosen
+    compare: str = ""           # evaluated runs to show side by side: DIR,DIR,...
+    json: str = ""              # write the results here, with --data every pair's rewards too
+    as_dialogue: bool = False   # write plain prompts as one Human turn
+    device: str = "auto"        # auto, cpu, cuda, cuda:N
 
 
 def load_reward_model(path, device):
-    """A checkpoint or an exported folder -> (RewardModel in eval mode, its tokenizer, the checkpoint's dictionary)."""
+    """A checkpoint -> (RewardModel in eval mode, its tokenizer, the checkpoint's dictionary).
+    device: as in the settings."""
     if not path:
         raise UserError("name a reward model with --checkpoint=FOLDER")
-    if (Path(path) / "icrm.json").is_file():
-        checkpoint = import_reward_model(path)
-    else:
-        checkpoint = load_checkpoint(path, "reward model")
-    model = RewardModel(ModelConfig(**checkpoint["model_config"])).to(device)
+    checkpoint = load_checkpoint(path, "reward model")
+    sizes, readout = ModelConfig(**checkpoint["model_config"]), checkpoint["settings"]["readout"]
+    model = RewardModel(sizes, readout)
     load_weights(model, checkpoint["model"], path)
-    return model.eval(), tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
-
-
-def check_fit(what, model, its_tokenizer, tokenizer, context=0):
-    """A UserError unless a model beside the reward model reads its vocabulary, and rows of this many tokens."""
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the {what} and the reward model read different vocabularies")
-    if model.transformer.config.block_size < context:
-        raise UserError(f"the {what} has a context of {model.transformer.config.block_size} tokens, the generator one of {context}")
+    model = model.to(pick_device(device)).eval()
+    return model, tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
 
 
 @torch.no_grad()
-def score(model, rows, device, batch_size=64, name="response {}".format):
-    """Rewards of every response prefix: a list of float32 arrays (response tokens,), one per row.
-
-    The last entry of each is the response's reward. Equal rows are read once. A reward that is not finite is a
-    UserError with the row's name (of its number from 1).
-    """
-    training = model.training
+def score(model, rows, name="row {}".format):
+    """Rewards of every response prefix: for each Row a list of float32 arrays, one per response;
+    the last entry is the response's reward. One that is not finite is a UserError with the row's
+    name (of its number from 1)."""
+    training, device = model.training, model.score.weight.device
     model.eval()
-    index = {}
-    for row in rows:
-        index.setdefault((row.prompt.tobytes(), row.response.tobytes()), row)
-    distinct = list(index.values())
-    found = {}
-    for indices in in_length_order(distinct, batch_size):
-        rewards = model(pack([distinct[i] for i in indices], scored=0).to(device))[0].cpu().numpy()
-        for i, row_rewards in zip(indices, rewards):
-            row = distinct[i]
-            found[row.prompt.tobytes(), row.response.tobytes()] = row_rewards[len(row.prompt):len(row)]
+    found = [None] * len(rows)
+    for numbers in in_batches(rows):
+        some = [rows[i] for i in numbers]
+        batch = make_batch(some).to(device)
+        scores = model.scores(model.model.read(batch), batch)           # (R, T)
+        rewards = read_out(scores, batch.mask, model.readout).cpu().numpy()
+        each = [r[:length] for r, length in zip(rewards, batch.lengths.tolist())]
+        for i, parts in zip(numbers, in_row_order(each, some)):
+            found[i] = parts
     model.train(training)
-    rewards = [found[row.prompt.tobytes(), row.response.tobytes()] for row in rows]
-    for i, r in enumerate(rewards):
-        if not np.isfinite(r).all():
+    for i, parts in enumerate(found):
+        if not all(np.isfinite(r).all() for r in parts):
             raise UserError(f"a reward of {name(i + 1)} is not finite")
-    return rewards
+    return found
 
 
-def example_name(pair):
-    """A pair's id, or where it has none one made of its texts, the same whatever else is in the file."""
-    return pair.id or fingerprint("\0".join((pair.prompt, pair.chosen, pair.rejected)).encode("utf-8", "replace").decode())[:12]
+def final_rewards(model, rows):
+    """The reward of every response, equal ones to a prompt read once: an array for each Row."""
+    parts = [(i, some) for i, row in enumerate(rows)
+             for some in chunks({r.tobytes(): r for r in row.responses}.values(), AT_ONCE)]
+    found = score(model, [Row(rows[i].prompt, tuple(some)) for i, some in parts],
+                  lambda k: f"a candidate of prompt {parts[k - 1][0] + 1}")
+    known = {(i, response.tobytes()): r[-1] for (i, some), several in zip(parts, found)
+             for response, r in zip(some, several)}
+    return [np.array([known[i, response.tobytes()] for response in row.responses])
+            for i, row in enumerate(rows)]
 
 
-def values_against(rewards, opponent):
-    """sigma(r - mean of the opposing response's r) of every prefix of one response: Eq. 4's z on a chosen response, and
-    not turned round on a rejected one, so that it is comparable with a value.  (tokens,), (its tokens,) -> (tokens,)"""
-    return sigmoid(rewards - opponent.mean())
+def check_fit(what, its_tokenizer, tokenizer, model=None, generator=None):
+    """A UserError unless `what` has a reward model's vocabulary, and a generator's context."""
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the {what} and the reward model read different vocabularies")
+    if generator and model.model.config.block_size < generator.model.config.block_size:
+        raise UserError(f"the {what} reads fewer tokens than the generator writes")
 
 
-def model_name(path):
-    """What to call a checkpoint: its folder, or its file where that is not ckpt.pt."""
-    return Path(path).parent.name if Path(path).name == "ckpt.pt" else Path(path).name.removesuffix(".pt")
+# Accuracy ----------------------------------------------------------------------------------------
+
+def evaluate_pairs(rows, rewards, prompts=()):
+    """Rows of two responses and their rewards (score's) -> metrics. prompts: theirs, uncut."""
+    chosen, rejected = np.array([[a[-1], b[-1]] for a, b in rewards]).T
+    prompts = prompts or [row.prompt.tobytes() for row in rows]
+    whole = {(prompt, *(part.tobytes() for part in row.responses))
+             for prompt, row in zip(prompts, rows)}
+    longer = np.mean([len(a) > len(b) for _, (a, b) in rows])
+    return share_right(chosen > rejected, chosen == rejected, prompts) | {
+        "duplicates": len(rows) - len(whole), "longer_accuracy": float(longer),
+        "margin": float(np.mean(chosen - rejected)), "reliability": reliability(chosen - rejected)}
 
 
-def wilson(successes, n, z=1.96):
-    """Wilson's 95% interval of a proportion."""
-    centre, half = successes + z * z / 2, z * math.sqrt(successes * (n - successes) / n + z * z / 4)
-    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+def evaluate_labels(rows, rewards):
+    """Rows of one labelled response on its label's side -> metrics. Right is r > 0 where the label
+    is correct, r < 0 where it is not; auc: the probability that a correct response has the higher
+    reward of two (ties count half)."""
+    final = np.array([max(parts, key=len)[-1] for parts in rewards])
+    label = np.array([len(first) > 0 for _, (first, _) in rows])
+    signed = np.where(label, final, -final)
+    results = share_right(signed > 0, signed == 0, [row.prompt.tobytes() for row in rows])
+    correct, incorrect = final[label], np.sort(final[~label])
+    if len(correct) and len(incorrect):
+        sides = (np.searchsorted(incorrect, correct, side) for side in ("left", "right"))
+        results["auc"] = float(sum(below.mean() for below in sides) / 2 / len(incorrect))
+    return results | {"correct": len(correct)}
 
 
-def pair_accuracy(chosen, rejected):
-    """Final rewards of chosen and rejected responses -> accuracy (strict >), its interval, ties and n."""
-    chosen, rejected = np.asarray(chosen), np.asarray(rejected)
-    right, n = int((chosen > rejected).sum()), len(chosen)
-    low, high = wilson(right, n)
-    return {"accuracy": right / n, "low": low, "high": high, "ties": int((chosen == rejected).sum()), "n": n}
+def contrasts(rows, rewards):
+    """Labelled responses -> every correct one of a prompt against every incorrect one of it: rows
+    of two, and their rewards."""
+    sides, pairs = defaultdict(lambda: ([], [])), []
+    for row, parts in zip(rows, rewards):
+        side = int(len(row.responses[0]) == 0)
+        sides[row.prompt.tobytes()][side].append((row, row.responses[side], parts[side]))
+    for correct, incorrect in sides.values():
+        pairs += [(Row(row.prompt, (a, b)), [ra, rb])
+                  for row, a, ra in correct for _, b, rb in incorrect if not np.array_equal(a, b)]
+    return [row for row, _ in pairs], [parts for _, parts in pairs]
 
 
-def evaluate_pairs(model, data, device, batch_size=64):
-    """PairData -> (metrics, rewards of every prefix of chosen then rejected rows)."""
-    n = len(data.rows)
-    rewards = score(model, pair_rows(data.rows), device, batch_size, lambda number: (
-        f"pair {example_name(pair := data.pairs[(number - 1) % n])} (prompt {pair.prompt[:40]!r})"))
-    final = np.array([r[-1] for r in rewards])
-    chosen, rejected = final[:n], final[n:]
-    results = pair_accuracy(chosen, rejected)
-    lengths = np.array([[len(row.response) for row in pair] for pair in data.rows])
-    results |= {"longer_accuracy": float((lengths[:, 0] > lengths[:, 1]).mean()), "skipped": data.skipped,
-                "margin": float((chosen - rejected).mean()), "min_reward": float(final.min()),
-                "mean_reward": float(final.mean()), "max_reward": float(final.max()),
-                "truncated": sum(a.truncated or b.truncated for a, b in data.rows),
-                "reliability": reliability(chosen - rejected)}
+# Datasets ----------------------------------------------------------------------------------------
+
+def evaluate_split(model, dataset, name):
+    """One split of a Dataset -> {split (of labels also `split pairs`): metrics}."""
+    split = dataset.split(name)
+    rows = [split[i] for i in range(len(split))]
+    rewards = score(model, rows)
+    if dataset.kind == "labels":
+        found = {name: evaluate_labels(rows, rewards)}
+        rows, rewards = contrasts(rows, rewards)
+        return found | ({f"{name} pairs": evaluate_pairs(rows, rewards)} if rows else {})
+    results = evaluate_pairs(rows, rewards)
+    if dataset.kind == "toy":
+        arrays = [dataset.array(name, what) for what in ("exact-value", "kind")]
+        truth = ([part for i in range(len(split)) for part in split.of_responses(array, i)]
+                 for array in arrays)
+        results |= compare_with_truth([r for parts in rewards for r in parts], *truth)
+    return {name: results}
+
+
+def evaluate_splits(model, dataset):
+    """Every split of a Dataset but the training one -> {split: metrics}."""
+    found = {}
+    for name in dataset.about["splits"]:
+        if name != "train":
+            found |= evaluate_split(model, dataset, name)
+    return found
+
+
+# Files -------------------------------------------------------------------------------------------
+
+def evaluate_file(model, tokenizer, config):
+    """A file of pairs -> metrics, those of its subsets, and every pair's rewards."""
+    pairs, rows, left_out = read_pair_rows(config.data, tokenizer, model.model.config.block_size,
+                                           config.as_dialogue)
+    rewards = score(model, rows, lambda i: f"pair {pairs[i - 1].id or i}")
+    results = evaluate_pairs(rows, rewards, [p.prompt for p in pairs]) | {"left_out": left_out}
     subsets, cells = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    for i, pair in enumerate(data.pairs):
-        subsets[pair.subset or "(none)"].append(i)
+    for pair, row, (a, b) in zip(pairs, rows, rewards):
+        name = pair.subset or "(none)"
+        subsets[name].append((row, (a, b), pair.prompt))
         if pair.cell:
-            cells[pair.subset or "(none)"][pair.cell].append(chosen[i] > rejected[i])
+            cells[name][pair.cell].append(a[-1] > b[-1])
     if set(subsets) != {"(none)"}:
-        results["subsets"] = {name: pair_accuracy(chosen[i], rejected[i]) for name, i in sorted(subsets.items())}
-        sections = rewardbench_sections({name: part["accuracy"] for name, part in results["subsets"].items()})
+        results["subsets"] = {name: evaluate_pairs(*zip(*some))
+                              for name, some in sorted(subsets.items())}
+        found = {name: part["accuracy"] for name, part in results["subsets"].items()}
+        sections = rewardbench_sections(found)
         results |= {"rewardbench": sections} if sections["sections"] else {}
     for name, wins in sorted(cells.items()):
         try:
             results.setdefault("rm_bench", {})[name] = rm_bench(wins)
         except ValueError as error:     # every pair of a cell was left out
             print(f"no RM-Bench scores of {name}: {error}")
-    return results, rewards
-
-
-def example_records(data, rewards):
-    """Every pair's id, subset, rewards and lengths in tokens, in the file's order; what evaluate_pairs was given and gave."""
-    n = len(data.rows)
-    return [{"id": example_name(pair), "subset": pair.subset} | ({"cell": pair.cell} if pair.cell else {}) |
-            {"chosen_reward": float(rewards[i][-1]), "rejected_reward": float(rewards[n + i][-1]),
-             "prompt_tokens": len(chosen.prompt), "chosen_tokens": len(chosen.response),
-             "rejected_tokens": len(rejected.response), "truncated": chosen.truncated or rejected.truncated}
-            for i, (pair, (chosen, rejected)) in enumerate(zip(data.pairs, data.rows))]
-
-
-def evaluate_labels(model, data, device, batch_size=64):
-    """Responses with labels -> (metrics, rewards of every prefix). Accuracy is the share with r > 0 where the label
-    is correct and r < 0 where it is not; auc the probability that a correct response has the higher reward of two
-    (ties count half)."""
-    rewards = score(model, data.rows, device, batch_size)
-    final = np.array([r[-1] for r in rewards])
-    correct, incorrect = final[:data.chosen], np.sort(final[data.chosen:])
-    results = pair_accuracy(np.concatenate([correct, -incorrect]), np.zeros(len(final)))
-    if len(correct) and len(incorrect):
-        below = np.searchsorted(incorrect, correct, "left") + np.searchsorted(incorrect, correct, "right")
-        results["auc"] = float(below.mean() / 2 / len(incorrect))
-    return results | {"skipped": data.skipped, "correct": len(correct), "mean_reward": float(final.mean()),
-                      "truncated": sum(row.truncated for row in data.rows)}, rewards
-
-
-def step_rewards(model, path, tokenizer, device, config):
-    """A file of steps -> (Steps that fit into the context, the reward after each step of each, what was left out).
-
-    One forward pass per solution: a step's reward is the prefix's at the step's last token. Steps are joined by newlines.
-    """
-    items, bad = read_steps(path, config.strict, config.as_dialogue)
-    block_size = model.transformer.config.block_size
-    rows, ends, kept = [], [], []
-    for item in items:
-        parts = [tokenizer.encode(step + "\n") for step in item.steps[:-1]] + [tokenizer.encode(item.steps[-1])]
-        response = [token for part in parts for token in part] + [tokenizer.end_of_text]
-        row = fit_row(tokenizer.encode(item.prompt), response, block_size)
-        if row is not None:
-            kept.append(item), rows.append(row), ends.append(np.cumsum([len(part) for part in parts]) - 1)
-    long = len(items) - len(kept)
-    print_left_out(path, "solutions", len(kept), bad, long, sum(row.truncated for row in rows), block_size, config.strict)
-    rewards = score(model, rows, device, config.batch_size, lambda i: f"solution {kept[i - 1].id or kept[i - 1].prompt[:40]!r}")
-    return kept, [r[at] for r, at in zip(rewards, ends)], bad + long
-
-
-def evaluate_steps(model, tokenizer, device, config):
-    """First-error localisation on config.steps, with the threshold that is best on config.threshold_from."""
-    if not config.threshold_from or Path(config.threshold_from).resolve() == Path(config.steps).resolve():
-        raise UserError("name another file of steps, on which the threshold is chosen, with --threshold_from=FILE")
-    tuning, tuning_rewards, _ = step_rewards(model, config.threshold_from, tokenizer, device, config)
-    errors = [item.first_error for item in tuning]
-    if min(errors) >= 0 or max(errors) < 0:
-        raise UserError(f"{config.threshold_from}: a threshold is chosen on right and wrong solutions, and these are all of one kind")
-    threshold = best_threshold(tuning_rewards, errors)
-    items, rewards, left_out = step_rewards(model, config.steps, tokenizer, device, config)
-    results = {"(all)": first_error_scores(rewards, [item.first_error for item in items], threshold)}
-    for subset in sorted({item.subset for item in items} - {""}):
-        part = [i for i, item in enumerate(items) if item.subset == subset]
-        results[subset] = first_error_scores([rewards[i] for i in part], [items[i].first_error for i in part], threshold)
-    keys = ("f1", "error_accuracy", "within_one", "correct_accuracy", "wrong", "right")
-    print_lines([["subset", *keys]] + [[name] + ["" if part[key] is None else f"{part[key]:.3f}" if isinstance(part[key], float)
-                                                 else str(part[key]) for key in keys] for name, part in results.items()])
-    print(f"threshold {threshold:.4f}, chosen on {config.threshold_from}; left out: {left_out}")
-    return results | {"left_out": left_out}
-
-
-def evaluate_split(model, data, device, batch_size=64):
-    """PairData or labelled Responses -> (metrics, rewards of every prefix)."""
-    return (evaluate_pairs if isinstance(data, PairData) else evaluate_labels)(model, data, device, batch_size)
-
-
-def load_splits(dataset, block_size, strict=False):
-    """{split: PairData} for every split of a Dataset but `train`; labelled responses as such, and as pairs too."""
-    if dataset.kind == "labels":
-        pairs = load_contrasts(dataset, "val", block_size, strict)
-        return {"val": load_responses(dataset, "val", block_size, strict)} | ({"val pairs": pairs} if pairs else {})
-    return {split: load_pairs(dataset.path(split), dataset.tokenizer, block_size, strict)
-            for split in (split_worlds(World()) if dataset.kind == "toy" else ["val"])}
-
-
-def evaluate_splits(model, dataset, splits, device, batch_size=64):
-    """What load_splits returned, or the training pairs as a PairData under `train` -> {split: metrics}."""
-    results = {}
-    for split, data in splits.items():
-        results[split], rewards = evaluate_split(model, data, device, batch_size)
-        if dataset.kind == "toy":
-            world = World(**dataset.world)      # of the training pairs and of val
-            world = split_worlds(world).get(split, world)
-            results[split] |= compare_with_truth(world, pair_rows(data.rows), rewards, dataset.tokenizer)
+    results["pairs"] = [{"id": pair.id, "subset": pair.subset, "cell": list(pair.cell),
+                         "chosen": float(a[-1]), "rejected": float(b[-1])}
+                        for pair, (a, b) in zip(pairs, rewards)]
     return results
 
 
-# Tables ---------------------------------------------------------------------------------------------
+def evaluate_steps(model, tokenizer, config):
+    """First-error localisation on config.steps, the threshold chosen on config.threshold_from."""
+    if Path(config.threshold_from or config.steps).resolve() == Path(config.steps).resolve():
+        raise UserError("choose the threshold on another file of steps: --threshold_from=FILE")
 
-COLUMNS = {"accuracy": "accuracy", "interval": "95% interval", "ties": "ties", "n": "n", "longer_accuracy": "by length", "auc": "AUC",
+    def step_rewards(path):
+        items, rows, ends = read_step_rows(path, tokenizer, model.model.config.block_size,
+                                           config.as_dialogue)
+        rewards = score(model, rows, lambda i: f"solution {i} of {path}")
+        return items, [r[at] for (r,), at in zip(rewards, ends)]
+    tuning, rewards = step_rewards(config.threshold_from)
+    errors = [item.first_error for item in tuning]
+    if min(errors) >= 0 or max(errors) < 0:
+        raise UserError(f"{config.threshold_from}: no threshold, solutions are all of one kind")
+    threshold = best_threshold(rewards, errors)
+    items, rewards = step_rewards(config.steps)
+    results = {}
+    for name in ("(all)", *sorted({item.subset for item in items} - {""})):
+        some = [(r, item.first_error) for r, item in zip(rewards, items)
+                if name in ("(all)", item.subset)]
+        results[name] = first_error_scores(*zip(*some), threshold)
+    keys = ("f1", "error_accuracy", "within_one", "correct_accuracy", "wrong", "right")
+    print_lines([["subset", *keys]] + [[name, *(text_of(part[key]) for key in keys)]
+                                       for name, part in results.items()])
+    print(f"threshold {threshold:.4f}, chosen on {config.threshold_from}")
+    return results
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+COLUMNS = {"accuracy": "accuracy", "interval": "95% interval", "ties": "ties", "n": "n",
+           "longer_accuracy": "by length", "oracle": "oracle", "auc": "AUC",
            "correlation": "corr(z,V)", "calibration_error": "calib.", "credit_leak": "leak"}
+
+
+def table_lines(results):
+    """{split or subset: metrics} as the lines of one table, its head first."""
+    used = [key for key in COLUMNS if key == "interval"
+            or any(key in part for part in results.values())]
+    lines = [["split", *(COLUMNS[key] for key in used)]]
+    for name, part in results.items():
+        cells = part | {"interval": f"{part['low']:.3f}-{part['high']:.3f}"}
+        lines.append([name, *(text_of(cells.get(key)) for key in used)])
+    return lines
 
 
 def print_table(results):
     """{split or subset: metrics} as one table."""
-    rows = []
-    for name, metrics in results.items():
-        cells = dict(metrics, interval=f"{metrics['low']:.3f}-{metrics['high']:.3f}")
-        rows.append([name] + [cells.get(key, "") for key in COLUMNS])
-    used = [i for i in range(len(COLUMNS) + 1) if any(row[i] != "" for row in rows)]
-    lines = [["split", *COLUMNS.values()]] + [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    print_lines([[line[i] for i in used] for line in lines])
+    print_lines(table_lines(results))
+    for name, part in results.items():
+        if part.get("duplicates"):
+            print(f"{name}: {part['duplicates']} pairs stand there once more")
 
 
-SHADES = (33, 75, 117, 153, 231, 223, 216, 215, 208)    # blue to orange in the terminal's 256 colours
-
-
-def show_pairs(data, rewards, tokenizer, count, coloured):
-    """Print the first pairs, each token of a response on a colour for z = sigma(r - mean of the opposing response's r):
-    blue below 1/2, orange above; plain text where not coloured."""
-    n = len(data.rows)
-    for i in range(min(count, n)):
-        print(f"\npair {data.pairs[i].id or i + 1}: ...{data.pairs[i].prompt[-70:].strip()!r}")
-        for name, row, mine, other in zip(("chosen", "rejected"), data.rows[i], (i, n + i), (n + i, i)):
-            z = values_against(rewards[mine], rewards[other])
-            shades = [SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)] for value in z]
-            text = [piece.replace("\033", "\ufffd") for piece in tokenizer.pieces(row.response[:-1])]
-            if coloured:
-                text = [f"\033[48;5;{shade};38;5;16m{piece}\033[0m" for piece, shade in zip(text, shades)]
-            print(f"{name:8s} {rewards[mine][-1]:+.3f} {''.join(text)}")
+def compare_runs(folders):
+    """Print runs, one column each, differences to the first in brackets; -> {folder: eval.json}."""
+    runs = {folder: read_json(Path(folder) / "eval.json", "train.py") for folder in folders}
+    lines = [["", *(Path(folder).name for folder in runs)]]
+    names = dict.fromkeys(split for run in runs.values() for split in run["splits"])
+    for split, key in itertools.product(names, ("accuracy", "auc", "correlation", "credit_leak")):
+        first, *others = [run["splits"].get(split, {}).get(key) for run in runs.values()]
+        if first is not None and None not in others:
+            differences = (f"{value:.3f} ({value - first:+.3f})" for value in others)
+            lines.append([f"{split} {key}", text_of(first), *differences])
+    print_lines(lines)
+    print("one draw each: draws differ more than methods do (lab/ has several)")
+    return runs
 
 
 def main(config):
     if config.compare:
-        names = [name for name in config.compare.split(",") if name]
-        runs = (compare_examples if names and all(name.endswith(".jsonl") for name in names) else compare_runs)(names)
-        if config.json:
-            write_json(config.json, runs)
-        return
-    show(config)
-    in_range(config, 1, 10**9, "batch_size")
-    in_range(config, 0, 10**9, "show")
-    if not config.data and (config.examples or config.rewardbench or config.show):
-        raise UserError("--examples, --rewardbench and --show are for a file of pairs; name it with --data=FILE")
-    if config.data and config.steps or config.threshold_from and not config.steps:
-        raise UserError("one thing at a time: --data=FILE, or --steps=FILE with --threshold_from=FILE")
-    device = pick_device(config.device)
-    model, tokenizer, checkpoint = load_reward_model(config.checkpoint, device)
-    if config.export:
-        export_reward_model(model, tokenizer, checkpoint, config.export)
-        print(f"wrote {config.export}")
-        return
-    if config.data:
-        data = load_pairs(config.data, tokenizer, model.transformer.config.block_size, config.strict, config.as_dialogue)
-        results, rewards = evaluate_pairs(model, data, device, config.batch_size)
-        records = example_records(data, rewards)
-        print_table({"(all)": results, **results.get("subsets", {})})
-        print_benchmarks(results)
-        print(f"left out: {results['skipped']}   prompts cut at their start: {results['truncated']}")
-        if config.examples:
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            write_atomically(config.examples, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        if config.rewardbench:
-            write_rewardbench(config.rewardbench, model_name(config.checkpoint), data, records, results)
-        show_pairs(data, rewards, tokenizer, config.show, sys.stdout.isatty())
-    elif config.steps:
-        results = evaluate_steps(model, tokenizer, device, config)
+        results = compare_runs([name for name in config.compare.split(",") if name])
     else:
-        dataset = open_dataset(checkpoint["settings"]["dataset"])
-        if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{dataset.folder} was prepared again with another vocabulary than the checkpoint's")
-        splits = load_splits(dataset, model.transformer.config.block_size, config.strict)
-        splits = evaluate_splits(model, dataset, splits, device, config.batch_size)
-        print_table(splits)
-        results = {"splits": splits}
+        show(config)
+        if bool(config.data) + bool(config.steps) > 1:
+            raise UserError("one thing at a time: --data=FILE, or --steps=FILE")
+        model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
+        if config.data:
+            results = evaluate_file(model, tokenizer, config)
+            print_table({"(all)": results, **results.get("subsets", {})})
+            print_benchmarks(results)
+        elif config.steps:
+            results = evaluate_steps(model, tokenizer, config)
+        else:
+            dataset = open_dataset(checkpoint["settings"]["dataset"])
+            if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{dataset.folder} was prepared again with another vocabulary")
+            results = {"splits": evaluate_splits(model, dataset)}
+            print_table(results["splits"])
     if config.json:
         write_json(config.json, results)
 

@@ -1,13 +1,9 @@
-"""A GPT-2 shaped transformer, written out, with the two heads of a reward model.
+"""The transformer that small open models share (Llama's), and the two heads of a reward model.
 
-The trunk has GPT-2's architecture and parameter names (Radford et al. 2019), so that its published
-weights map by name. `LanguageModel` is the generator: trunk and tied LM head. `RewardModel` is the
-trunk, a linear head that reads a reward at every prefix, and an untied LM head for the language-model
-term of the objective (GRM, Yang et al., arXiv 2406.10216).
-
-A batch is read packed (data/batches.py): every distinct prompt once, no padding, and only attention
-sees rows. Left out: dropout, and any attention mask but the causal one (rows are padded on the right,
-where no real token looks).
+RMSNorm before each sublayer, rotary positions, grouped-query attention, SwiGLU; `qkv_bias` makes it
+Qwen 2.5's, `qk_norm` Qwen 3's; parameters have Hugging Face's names. LanguageModel, the generator,
+is trunk and LM head; RewardModel is the trunk, a linear score of each token, and an LM head of its
+own for L_SFT (GRM, arXiv 2406.10216). Left out: dropout, sliding windows, scaled rotary positions.
 """
 import math
 from dataclasses import dataclass
@@ -19,211 +15,239 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError, choose
 
-DTYPES = ("auto", "float32", "bfloat16")
-LOGITS = 2 ** 26    # logits in memory at once, a quarter of a GiB in fp32
+LOGITS = 2 ** 26                # logits in memory at once, a quarter of a GiB in fp32
+WEIGHT_DECAY, CLIP = 0.1, 1.0   # of matrices; the largest gradient norm
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    block_size: int     # longest row, in tokens
+    block_size: int     # longest prompt and response, in tokens
     n_layer: int
     n_head: int
     n_embd: int
+    n_kv_head: int = 0  # heads of keys and values; 0: n_head
+    head_dim: int = 0   # channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0   # channels inside the MLP; 0: 8/3 n_embd, up to a multiple of 16
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True   # whether the generator's LM head is its embedding
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
+        if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"--n_embd={self.n_embd} does not divide by --n_head={self.n_head}")
+        for name, value in (("n_kv_head", self.n_head), ("head_dim", self.n_embd // self.n_head),
+                            ("n_hidden", -(-self.n_embd * 8 // 48) * 16)):
+            object.__setattr__(self, name, getattr(self, name) or value)
+        if self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise UserError(f"{self.n_head} heads do not divide by {self.n_kv_head} of keys and "
+                            f"values, or {self.head_dim} channels of a head by 2")
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: (rows, n_head, longest, head size) per layer, and their number."""
-
+    """Keys and values of the tokens read so far, with room for `longest` tokens in every row."""
     def __init__(self, config, rows, longest, device, dtype):
-        shape = (config.n_layer, rows, config.n_head, longest, config.n_embd // config.n_head)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0
+        shape = (2, config.n_layer, rows, config.n_kv_head, longest, config.head_dim)
+        self.stored, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
 
     def append(self, layer, k, v):
-        """Store k, v (rows, n_head, T, head size) behind what is there; returns all keys and values of the layer."""
+        """Store k, v (rows, n_kv_head, T, head_dim) behind what is there; -> all of the layer's."""
+        assert k.size(2) == 1 or self.length == 0, "several tokens go into an empty cache only"
         end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end], self.values[layer, :, :, self.length:end] = k, v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.stored[:, layer, :, :, self.length:end] = torch.stack([k, v])
+        return self.stored[:, layer, :, :, :end]
 
-    def repeat(self, n):
-        """Every row n times, neighbours: one prompt read once and continued n ways."""
-        self.keys = self.keys.repeat_interleave(n, dim=1)
-        self.values = self.values.repeat_interleave(n, dim=1)
+
+def rotary(positions, head_dim, theta):
+    """cos and sin of each position's angles (arXiv 2104.09864).  (b, T) -> (b, 1, T, head_dim)"""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angles = (positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Each pair of channels (i, i + head_dim / 2) turned by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.config, self.layer, d = config, layer, config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * d, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * d, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * d, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cache=None, packed=None):
-        """x (rows, T, C) -> the same; or of a Packed batch, (N, C) -> the same."""
-        qkv = self.c_attn(x)                                                    # (rows, T, 3C) or (N, 3C)
-        if packed is None:
-            return self.c_proj(self.attend(qkv, cache))
-        dealt = [self.attend(F.embedding(cells, qkv)).flatten(0, 1) for cells in packed.groups]
-        return self.c_proj(F.embedding(packed.places, torch.cat(dealt)))        # (N, C)
-
-    def attend(self, qkv, cache=None):
-        """Every token looks at itself and at what stands before it in its row.  (rows, T, 3C) -> (rows, T, C)"""
-        rows, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        q, k, v = (part.view(rows, T, self.n_head, -1).transpose(1, 2)          # (rows, n_head, T, head size)
-                   for part in qkv.split(C, dim=2))
-        from_start = cache is None or cache.length == 0
+    def forward(self, x, angles, visible=None, cache=None):
+        """(b, T, C) -> same. A token sees what is visible, by default all before it in its row."""
+        b, T, _ = x.shape
+        q, k, v = (project(x).view(b, T, -1, self.config.head_dim).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))     # (b, heads, T, d)
+        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
         if cache is not None:
-            assert T == 1 or from_start, "several tokens are read into an empty cache only"
             k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=from_start)   # one new token sees everything before it
-        return y.transpose(1, 2).reshape(rows, T, C)
+        shared = self.config.n_head // self.config.n_kv_head
+        if shared > 1:
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        causal = visible is None and (cache is None or cache.length == 0)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
+        return self.o_proj(y.transpose(1, 2).reshape(b, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, packed=None):
-        x = x + self.attn(self.ln_1(x), cache, packed)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, angles, visible=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), angles, visible, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class GPT(nn.Module):
-    """The trunk: tokens (rows, T) -> hidden states (rows, T, C), after the last layer norm.
-
-    With packed, a Packed batch, its tokens (N,) -> (N, C).
-    """
-
+class Trunk(nn.Module):
+    """tokens (b, T), positions (b, T), visible (b, 1, T, T) or None -> hidden states (b, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.recompute = False      # whether a block's activations are made again in the backward pass
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.recompute = False      # make a block's activations again in the backward pass
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # residual projections start smaller, as many as are summed
-                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** (0.5 if "c_proj" in name else 0))
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            if parameter.dim() == 2:    # what is added to the residual starts smaller
+                terms = 2 * config.n_layer if "o_proj" in name or "down_proj" in name else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(terms))
 
-    def forward(self, tokens, cache=None, packed=None):
-        start = cache.length if cache is not None else 0
-        where = self.wpe.weight[start:start + tokens.size(1)] if packed is None else self.wpe(packed.positions)
-        x = self.wte(tokens) + where                                            # (rows, T, C) or (N, C)
-        for block in self.h:
+    def forward(self, tokens, positions, visible=None, cache=None):
+        x = self.embed_tokens(tokens)                                   # (b, T, C)
+        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cache, packed, use_reentrant=False)
+                x = checkpoint(block, x, angles, visible, use_reentrant=False)
             else:
-                x = block(x, cache, packed)
+                x = block(x, angles, visible, cache)
         if cache is not None:
             cache.length += tokens.size(1)
-        return self.ln_f(x)
+        return self.norm(x)
 
-    def freeze(self, unfrozen):
-        """Let only the last `unfrozen` blocks and the last layer norm learn."""
-        self.requires_grad_(False)
-        for part in (*self.h[len(self.h) - unfrozen:], self.ln_f):
-            part.requires_grad_(True)
+    def read(self, batch):
+        """A Batch -> the hidden states of all its groups' positions, joined, (N, C)."""
+        return torch.cat([self(group.tokens, group.positions, visible(group.segments)).flatten(0, 1)
+                          for group in batch.groups])
+
+
+def visible(segments):
+    """A token sees the prompt and its own response, up to itself.  (b, T) -> (b, 1, T, T)"""
+    if segments is None:
+        return None
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    return ((key == 0) | (key == query)).tril()
 
 
 class LanguageModel(nn.Module):
-    """The generator: trunk and an LM head tied to the embedding."""
-
+    """The generator: trunk and an LM head, tied to the embedding where the config says so."""
     def __init__(self, config):
         super().__init__()
-        self.transformer = GPT(config)
+        self.model = Trunk(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, packed):
-        """A Packed batch -> log-probability of each of its M response tokens, (M,)."""
-        return token_logprobs(self.transformer(packed.tokens, packed=packed), self.lm_head, packed)
+    def forward(self, batch):
+        """A Batch -> log-probability of each of its M response tokens, (M,)."""
+        return token_logprobs(self.model.read(batch), self.lm_head, batch)
 
 
 class RewardModel(nn.Module):
-    """The trunk, a reward head read at every prefix, and an LM head of its own."""
-
-    def __init__(self, config):
+    """The trunk, a score of every token (rewards by `readout`), and an LM head of its own."""
+    def __init__(self, config, readout="last"):
         super().__init__()
-        self.transformer = GPT(config)
+        self.readout = readout
+        self.model = Trunk(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
-        nn.init.normal_(self.lm_head.weight, std=0.02)
 
     @classmethod
-    def from_generator(cls, generator):
-        """Trunk and LM head are copies of the generator's; the reward head is new."""
-        model = cls(generator.transformer.config)
-        model.transformer.load_state_dict(generator.transformer.state_dict())
-        model.lm_head.load_state_dict(generator.lm_head.state_dict())
+    def from_generator(cls, generator, readout="last"):
+        """Trunk and LM head are copies of the generator's; the score is new."""
+        model = cls(generator.model.config, readout)
+        model.load_state_dict(generator.state_dict() | {"score.weight": model.score.weight})
         return model
 
-    def forward(self, packed, lm_trunk_gradient=None):
-        """A Packed batch of R rows -> rewards (R, T) in fp32, one per prefix, any value on padding; and None, or with
-        lm_trunk_gradient, the share of L_SFT's gradient that reaches the trunk, the log-probability of each of its
-        M response tokens, (M,)."""
-        hidden = self.transformer(packed.tokens, packed=packed)                         # (N, C)
-        with torch.autocast(hidden.device.type, enabled=False):     # a sum: a matrix product may use TF32
-            rewards = (hidden.float() * self.score.weight[0]).sum(-1)                   # (N,)
-        rewards = rewards[packed.rows]                                                  # (R, T)
-        if lm_trunk_gradient is None:
-            return rewards, None
-        return rewards, token_logprobs(scale_gradient(hidden, lm_trunk_gradient), self.lm_head, packed)
+    def scores(self, hidden, batch):
+        """The score a_t of each response token, in fp32, any value on padding.  (N, C) -> (R, T)"""
+        scores = (hidden.float() * self.score.weight[0]).sum(-1)    # no matrix product: never TF32
+        return scores.index_select(0, batch.places.flatten()).view_as(batch.places)
 
 
-def scale_gradient(x, s):
-    """The value of x with s times its gradient."""
-    return s * x + (1 - s) * x.detach()
-
-
-def token_logprobs(hidden, lm_head, packed):
-    """log P(y_t | all before it) of the response tokens asked for in a Packed batch, from hidden (N, C): (M,) in fp32.
-
-    Logits are made for those positions only, at most LOGITS at a time, and made again in the backward pass where they
-    come in several parts (2, 4, 8, ..., so that few numbers of parts are ever compiled).
-    """
+def token_logprobs(hidden, lm_head, batch):
+    """log P(token | all before it) of the M tokens that a Batch asks for: logits of those alone, at
+    most LOGITS at a time, several parts again in the backward pass.  (N, C) -> (M,) in fp32"""
     def logprobs(states, targets):
         return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
-
-    states, parts = F.embedding(packed.sources, hidden), 1                              # (M, C)
-    while len(states) > parts * max(1, LOGITS // lm_head.out_features):
-        parts *= 2
-    if parts == 1:
-        return logprobs(states, packed.targets)
-    ends = [len(states) * part // parts for part in range(parts + 1)]       # tensor_split would compile a graph for each remainder
-    return torch.cat([checkpoint(logprobs, states[start:end], packed.targets[start:end], use_reentrant=False)
-                      for start, end in zip(ends, ends[1:])])
+    states = hidden.index_select(0, batch.sources)                      # (M, C)
+    size = max(1, LOGITS // lm_head.out_features)
+    if len(states) <= size:
+        return logprobs(states, batch.targets)
+    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False)
+                      for part in zip(states.split(size), batch.targets.split(size))])
 
 
-def make_optimizer(model, learning_rate, weight_decay):
-    """AdamW; weight decay on matrices only (not on biases and layer norms)."""
+def length_normalised_nll(logprobs, batch, responses):
+    """-1/|y| sum_t log P(y_t | x, y_<t), summed over responses and divided by their number.
+
+    logprobs: (M,) of a Batch's targets -> ()"""
+    return -(logprobs / batch.lengths[batch.owners]).sum() / responses
+
+
+def load_weights(model, weights, where):
+    """Fill a model from {name: tensor}; what is missing, unknown or misshapen is an error."""
+    embedding = weights.get("model.embed_tokens.weight")
+    if model.lm_head.weight is model.model.embed_tokens.weight and embedding is not None:
+        weights = {"lm_head.weight": embedding} | weights
+        if not torch.equal(weights["lm_head.weight"], embedding):
+            raise UserError(f"{where} says that its LM head is its embedding, and holds two")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f"the weights of {where} do not fit: {reason}") from None
+
+
+def frozen_language_model(checkpoint, where):
+    """The LanguageModel of a generator's or a policy's checkpoint."""
+    model = LanguageModel(ModelConfig(**checkpoint["model_config"]))
+    load_weights(model, checkpoint["model"], where)
+    return model.eval().requires_grad_(False)
+
+
+def make_optimizer(model, learning_rate):
+    """AdamW; weight decay on matrices only (not on biases and norms)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95),
-                             fused=parameters[0].device.type == "cuda")
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -233,35 +257,34 @@ def learning_rate(step, steps, peak, warmup):
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def update(model, optimizer, rate, clip):
-    """One step of the optimizer along the gradient, which is clipped and then gone; returns its norm before clipping."""
+def update(model, optimizer, rate):
+    """One step along the clipped gradient, which then is gone; -> its norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    rest = dict(model.named_parameters())       # names no tied LM head: it is the embedding
+    if "lm_head.weight" in rest:    # clipped apart, so that L_SFT cannot shrink the others' step
+        nn.utils.clip_grad_norm_(rest.pop("lm_head.weight"), CLIP)
+    norm = nn.utils.clip_grad_norm_(rest.values(), CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 def pick_device(name):
-    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; sets the whole process's switches."""
+    choose("device", name.partition(":")[0], ("auto", "cpu", "cuda"))
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("choose auto, cpu, cuda or cuda:N")
-        torch.zeros(1, device=device)
+        device = torch.zeros(1, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={name} cannot be used here ({str(error).splitlines()[0]})") from None
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
+        raise UserError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from None
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
     return device
 
 
 def autocast(device, dtype):
-    """Mixed precision for a forward pass: dtype 'auto' is bfloat16 on CUDA and float32 elsewhere."""
-    choose("dtype", dtype, DTYPES)
+    """Mixed precision for a forward pass: 'auto' is bfloat16 on CUDA and float32 elsewhere."""
+    choose("dtype", dtype, ("auto", "float32", "bfloat16"))
     low = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, enabled=low)

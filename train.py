@@ -1,302 +1,265 @@
 """Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096, section 4).
 
-    python train.py                                     the toy world, from nothing, half a minute on a laptop
-    python train.py --regularizer=none                  the baseline: the same without the regularizer
-    python train.py --dataset=hh_rlhf --n_layer=4 ...   real pairs, prepared by data/hh_rlhf/prepare.py
+    python train.py                                     the toy world, from nothing, a minute
+    python train.py --regularizer=none                  the baseline, without the regularizer
+    python train.py --dataset=mine                      your own pairs (data/prepare.py)
+    torchrun --standalone --nproc_per_node=K train.py   K processes read each batch together
 
-Prepares the toy world and trains the generator where they are absent, then trains the reward model from
-the generator's weights, evaluates it on the dataset's splits and prints one table. Out comes
-OUT_DIR/ckpt.pt, log.jsonl and eval.json. The same command continues a killed run (on a CPU to the same bits).
+Makes the toy world and the generator where they are absent, trains the reward model from the
+generator's weights and evaluates it on every split; out come OUT_DIR/ckpt.pt, log.jsonl and
+eval.json. It trains whenever it is started: an earlier run is kept as OUT_DIR.previous.
 
-Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is lambda = 0,
-plain Bradley-Terry is that with --lm_weight=0. On a dataset of responses labelled correct or not, binary
-cross-entropy takes the place of L_BT (the paper's mathematics runs, with p at --temperature=0.7 --top_p=0.8).
-
-    torchrun --standalone --nproc_per_node=K train.py       K processes share each batch, on K GPUs where there are any
-
-With them, or with --accumulate=K, the result is that of one process with the same batch: every mean of the
-objective is over the whole batch.
+Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is
+lambda = 0, plain Bradley-Terry is that with --lm_weight=0. On responses labelled correct or not,
+binary cross-entropy takes the place of L_BT (the paper's mathematics runs).
 """
-import contextlib
 import dataclasses
+import os
+import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (TINY, Run, UserError, check_finite, choose, fingerprint, in_range, load_checkpoint, run_script, show,
-                    write_json)
-from data.batches import collate, load_responses, pack, to_device, training_indices
-from data.prepare import dataset_folder, open_dataset
-from data.toy.prepare import ToyConfig
-from data.toy.prepare import prepare as prepare_toy
-from data.toy.truth import exact_traces
-from data.toy.world import World
-from evaluate import evaluate_split, evaluate_splits, load_splits, print_table
-from generator import (GeneratorConfig, length_normalised_nll, load_generator, stored_probs, train_generator,
-                       with_pretrained_sizes)
-from model import RewardModel, autocast, learning_rate, make_optimizer, pick_device, update
-from parallel import first_process_first, part_of_batch, processes, start_processes
-from regularizer import REGULARIZERS
+from config import (HERE, Run, UserError, check_finite, choose, fingerprint, in_range,
+                    load_checkpoint, run_other, run_script, show, write_json)
+from data.dataset import open_dataset
+from data.probs import PROBS, Probs
+from data.rows import batch_of, make_batch, make_targets
+from evaluate import evaluate_split, evaluate_splits, print_table
+from model import (RewardModel, autocast, frozen_language_model, learning_rate,
+                   length_normalised_nll, make_optimizer, pick_device, token_logprobs, update)
+from regularizer import READOUTS, REGULARIZERS, last_tokens, read_out
 
-
-SHOWN = ("loss", "outcome", "reg", "lm", "accuracy", "margin", "grad_norm", "eval_accuracy")     # columns of the printed log
+SHOWN = {"bt": "bt", "accuracy": "accuracy", "margin": "margin", "reg": "reg", "lm": "lm",
+         "grad_norm": "grad_norm", "val_accuracy": "val acc", "val_correlation": "corr(z,V)"}
+LM_TRUNK_GRADIENT = 1e-3    # share of L_SFT's gradient that reaches the trunk (GRM's released code)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     dataset: str = "toy"            # a folder under data/, made by its prepare.py
-    generator: str = ""             # folder of the generator, trained there if absent; empty: out/DATASET-generator
-    probs_from: str = ""            # another generator's folder to take p from, or `exact`: the toy world's own
-    temperature: float = 1.0        # at which p is taken
-    top_p: float = 1.0              # p of a token outside the smallest set that holds top_p is 0
-    out_dir: str = ""               # empty: out/DATASET-REGULARIZER-seedSEED
+    generator: str = ""             # folder of the generator; empty: out/DATASET-generator
+    out_dir: str = ""               # empty: out/DATASET-REGULARIZER[-PROBS][-READOUT]-seedSEED
+    resume: bool = False            # go on from out_dir's last checkpoint
     regularizer: str = "icrm"       # a name in regularizer.REGULARIZERS
+    probs: str = "generator"        # p: generator, uniform (1), shuffled, exact (toy worlds)
+    readout: str = "last"           # reward of a prefix: last, mean or sum of its tokens' scores
     reg_weight: float = 0.5         # lambda of the objective; `none` takes 0
     lm_weight: float = 1.0          # weight of L_SFT; 0 leaves it out
-    lm_trunk_gradient: float = 1e-3 # share of L_SFT's gradient that reaches the trunk
     seed: int = 0                   # reward head and order of the data
-    init_from: str = ""             # pretrained weights for generator and reward model: gpt2, ..., or a folder (generator.py)
-    n_layer: int = 2                # transformer blocks (these four are the generator's as well)
-    n_head: int = 4                 # attention heads
-    n_embd: int = 64                # channels
-    block_size: int = 160           # longest row, in tokens
     steps: int = 80                 # updates
     batch_size: int = 32            # pairs (or labelled responses) per update, over all processes
-    accumulate: int = 1             # parts that each process reads its share of the batch in, to save memory (and not time)
-    learning_rate: float = 1e-3     # peak
+    learning_rate: float = 2e-3     # peak
     warmup: int = 20                # updates of linear warm-up
-    weight_decay: float = 0.1       # on matrices
-    clip: float = 1.0               # largest gradient norm
     log_interval: int = 10          # updates between log lines
-    eval_interval: int = 40         # updates between looks at val
-    save_interval: int = 40         # updates between checkpoints
+    eval_interval: int = 40         # updates between checkpoints and looks at val
     device: str = "auto"            # auto, cpu, cuda, cuda:N
     dtype: str = "auto"             # auto (bfloat16 on CUDA), float32, bfloat16
-    unfrozen: int = -1              # blocks that learn, the last ones, with the last layer norm and the heads; -1: everything
-    recompute: bool = False         # keep no activations inside the blocks: less memory, a third more work
-    compile: bool = False           # torch.compile the reward model
-    strict: bool = False            # stop at the first bad row
-    overwrite: bool = False         # start over where out_dir holds another run
+    compile: bool = False           # torch.compile the transformer
+    recompute: bool = False         # keep no activations inside the blocks: less memory, more work
 
 
-def bradley_terry(rewards, last):
-    """L_BT = -log sigma(r_last^w - r_last^l), mean over pairs; also the B margins.  (2B, T), (2B,) -> (), (B,)"""
-    chosen, rejected = rewards.gather(1, last[:, None]).squeeze(1).chunk(2)     # (B,), (B,)
+# The objective ----------------------------------------------------------------------------------
+
+def bradley_terry(last):
+    """L_BT = -log sigma(r_last^w - r_last^l), mean over pairs; and margins.  (2B,) -> (), (B,)"""
+    chosen, rejected = last.chunk(2)        # (B,) each
     return -F.logsigmoid(chosen - rejected).mean(), chosen - rejected
 
 
-def label_cross_entropy(rewards, last, correct):
-    """The pointwise L_BT: -log sigma(r_last) of the first `correct` rows, -log(1 - sigma(r_last)) of the others,
-    mean over rows; also the R margins, r_last and -r_last.  (R, T), (R,) -> (), (R,)"""
-    final = rewards.gather(1, last[:, None]).squeeze(1)             # (R,)
-    margins = torch.cat([final[:correct], -final[correct:]])
+def label_cross_entropy(last, there):
+    """The pointwise L_BT: -log sigma(r_last) of correct responses (first half), of incorrect ones
+    -log(1 - sigma(r_last)); and the margins. `there`: which exist.  (2B,), (2B,) -> (), (B,)"""
+    correct, incorrect = last.chunk(2)
+    margins = torch.cat([correct, -incorrect])[there]
     return -F.logsigmoid(margins).mean(), margins
 
 
-def against_nobody(rewards, probs, mask, correct):
-    """Labelled responses as pairs whose other side is empty, so that Eq. 4 has nothing to centre on and every
-    regularizer reads z = sigma(r) of the first `correct` rows, 1 - sigma(r) of the others.  (R, ...) -> (2R, ...)"""
-    chosen = torch.arange(len(mask), device=mask.device)[:, None] < correct         # (R, 1)
-    return torch.cat([rewards, rewards]), torch.cat([probs, probs]), torch.cat([mask & chosen, mask & ~chosen])
+def outcome(rewards, mask):
+    """What is known of whole responses: L_BT of pairs, or the labels' cross-entropy where each item
+    has a response on one side only; and the margins.  (2B, T), (2B, T) -> (), (B,)"""
+    last = torch.where(last_tokens(mask), rewards, 0.0).sum(1)              # (2B,)
+    there = mask[:, 0]                                                      # (2B,)
+    return bradley_terry(last) if there.all() else label_cross_entropy(last, there)
 
 
-def terms_of_rewards(config, rewards, batch, chosen, paired, S):
-    """L_BT, L_reg = penalty / S and the new S of a whole batch, and its margins.  (rows, T) -> (), (), (), (B,)"""
-    regularize = REGULARIZERS[config.regularizer]
-    if paired:
-        outcome, margins = bradley_terry(rewards, batch.last)
-        penalty, scale = regularize(rewards, batch.probs, batch.mask)
-    else:
-        outcome, margins = label_cross_entropy(rewards, batch.last, chosen)
-        penalty, scale = regularize(*against_nobody(rewards, batch.probs, batch.mask, chosen))
+def normalised(penalty, scale, S):
+    """L_reg = penalty / S, and S, which follows scale where there is one.  (), (), () -> (), ()"""
     if scale is None:
-        return outcome, penalty, S, margins
+        return penalty, S
     S = 0.95 * S + 0.05 * scale.detach()
-    return outcome, penalty / S, S, margins
+    return penalty / S, S
 
 
-def objective(config, outcome, reg, lm):
-    """L = L_SFT + lambda L_reg + (1 - lambda) L_BT, where L_SFT has the weight of the settings and `none` takes lambda = 0."""
+# Training ---------------------------------------------------------------------------------------
+
+def forward(model, batch, responses, lm_weight):
+    """A Batch -> token scores (R, T) and its share of L_SFT, a mean over so many responses, ()."""
+    hidden = model.model.read(batch)                                        # (N, C)
+    if not lm_weight:
+        return model.scores(hidden, batch), torch.zeros((), device=hidden.device)
+    states = LM_TRUNK_GRADIENT * hidden + (1 - LM_TRUNK_GRADIENT) * hidden.detach()
+    logprobs = token_logprobs(states, model.lm_head, batch)                 # (M,)
+    return model.scores(hidden, batch), length_normalised_nll(logprobs, batch, responses)
+
+
+def train(config, dataset, probs, team):
+    """-> the trained RewardModel"""
+    data, regularize = dataset.split("train"), REGULARIZERS[config.regularizer]
     lam = 0.0 if config.regularizer == "none" else config.reg_weight
-    return config.lm_weight * lm + lam * reg + (1 - lam) * outcome
+    precision = autocast(team.device, config.dtype)
+    model, optimizer, run, first = start(config, dataset, probs, team)
+    S = torch.tensor(run.checkpoint["S"] if first else 0.5, device=team.device)
+    print(" step" + "".join(f"{name:>10}" for name in SHOWN.values()))
+    for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first,
+                     disable=None if team.first else True, leave=False):
+        items = batch_of(step, len(data), config.batch_size, config.seed)
+        mask, p = make_targets([probs[i] for i in items])
+        mask, p = mask.to(team.device), p.to(team.device)                   # (2B, T), (2B, T-1)
+        rows = [data[i] for i in items[team.rank::team.size]]               # this process's share
+        batch = make_batch(rows, likelihoods=len(rows)).to(team.device)
 
-
-def obtain_generator(config):
-    """The frozen generator in config.generator, trained or continued there first, of the data and sizes asked for."""
-    folder = Path(config.generator)
-    shared = {key: getattr(config, key) for key in ("dataset", "init_from", "n_layer", "n_head", "n_embd", "block_size")}
-    settings = GeneratorConfig(**shared, dtype=config.dtype, strict=config.strict)
-    if (folder / "ckpt.pt").exists():
-        settings = GeneratorConfig(**load_checkpoint(folder, "generator")["settings"])
-        for key, value in shared.items():
-            if getattr(settings, key) != value:
-                raise UserError(f"the generator in {folder} has --{key}={getattr(settings, key)}, not {value}; "
-                                "choose another folder with --generator=FOLDER")
-    elif config.init_from:
-        raise UserError("pretrained weights want a gentle generator; train it first: python generator.py "
-                        f"--dataset={config.dataset} --init_from={config.init_from} --block_size={config.block_size} "
-                        f"--out_dir={config.generator} --learning_rate=2e-5 --steps=N")
-    return train_generator(dataclasses.replace(settings, out_dir=config.generator, device=config.device))
-
-
-def obtain_probs(config, dataset, generator, rows):
-    """p of every response token, from where the settings say: a list of float32 arrays, one per row."""
-    if config.probs_from == "exact":
-        if dataset.kind != "toy" or (config.temperature, config.top_p) != (1.0, 1.0):
-            raise UserError("--probs_from=exact is for toy worlds, at temperature 1 and top_p 1; name a generator's folder")
-        return [np.array([p for p, *_ in trace], np.float32)
-                for trace in exact_traces(World(**dataset.world), rows, dataset.tokenizer)]
-    folder = config.generator
-    if config.probs_from:
-        folder = config.probs_from
-        generator, tokenizer = load_generator(folder, pick_device(config.device))
-        if tokenizer.fingerprint != dataset.tokenizer.fingerprint:
-            raise UserError(f"the generator in {folder} reads another vocabulary than the dataset {config.dataset}")
-        if generator.transformer.config.block_size < config.block_size:
-            raise UserError(f"the generator in {folder} has a context of {generator.transformer.config.block_size} tokens, "
-                            f"less than --block_size={config.block_size}")
-    return stored_probs(generator, rows, folder, config.temperature, config.top_p)
-
-
-def backward(config, forward, rows, batch, chosen, paired, S):
-    """Add up the gradient of the objective over this process's parts of a batch -> (new S, the terms of the loss).
-
-    rows: the batch's Rows, the first `chosen` of them chosen (or correct) responses; batch: the same, collated.
-    paired: row i and row chosen + i are a pair; else each row has a label of its own.
-    L_reg and L_BT are means over the whole batch, so each part meets the rewards of all others, without gradient:
-    those of other processes come from them, those of this one from a first pass where there are several parts.
-    """
-    (rank, world), in_parts, device = processes(), config.accumulate > 1, batch.mask.device
-    members, packs = [], []
-    for part in range(rank, world * config.accumulate, world):
-        numbers, scored = part_of_batch(part, world * config.accumulate, chosen, len(rows), paired)
-        members.append(to_device(torch.from_numpy(numbers), device))
-        packs.append(pack([rows[i] for i in numbers], scored, batch.mask.size(1)).to(device))
-    all_rewards = torch.zeros(batch.mask.shape, device=device)                          # (rows, T)
-    lm_gradient = config.lm_trunk_gradient if config.lm_weight > 0 else None
-    with autocast(device, config.dtype), torch.set_grad_enabled(not in_parts):
-        outputs = [forward(packed, None if in_parts else lm_gradient) for packed in packs]    # (rows, T), (M,) of each part
-    for numbers, (rewards, _) in zip(members, outputs):
-        all_rewards[numbers] = rewards.detach()
-    if world > 1:
-        dist.all_reduce(all_rewards)
-    total_lm = 0.0
-    for k, (numbers, packed) in enumerate(zip(members, packs)):
-        with forward.no_sync() if world > 1 and k < len(packs) - 1 else contextlib.nullcontext():
-            if in_parts:
-                with autocast(device, config.dtype):
-                    outputs[k] = forward(packed, lm_gradient)
-            rewards, logprobs = outputs[k]
-            rewards = all_rewards.index_copy(0, numbers, rewards)                       # (rows, T)
-            outcome, reg, new_S, margins = terms_of_rewards(config, rewards, batch, chosen, paired, S)
-            lm = length_normalised_nll(logprobs, packed, max(1, chosen)) if logprobs is not None else torch.zeros((), device=device)
-            (world * objective(config, outcome, reg, lm)).backward()    # DistributedDataParallel takes the mean over processes
-        total_lm = total_lm + lm.detach()
-    return new_S, {"outcome": outcome.detach(), "reg": reg.detach(), "lm": total_lm, "margins": margins.detach()}
-
-
-def train(config):
-    """Train, or continue, or just load the reward model in config.out_dir -> (RewardModel, Dataset, its training data, its splits)."""
-    choose("regularizer", config.regularizer, REGULARIZERS)
-    device, (rank, world) = pick_device(config.device), processes()
-    dataset = open_dataset(config.dataset)
-    tokenizer = dataset.tokenizer
-    run = Run(config.out_dir, "reward model", config, config.overwrite, writes=rank == 0)
-    data = load_responses(dataset, "train", config.block_size, config.strict)
-    splits = load_splits(dataset, config.block_size, config.strict)
-    with first_process_first():
-        generator = obtain_generator(config)
-        probs = obtain_probs(config, dataset, generator, data.rows)
-    run.match(data=dataset.fingerprint, vocabulary=tokenizer.fingerprint, generator=fingerprint(generator.state_dict()),
-              probs=fingerprint(*probs))
-    print(f"p of {sum(map(len, probs))} response tokens from {config.probs_from or config.generator}; "
-          f"mean {sum(p.sum() for p in probs) / sum(map(len, probs)):.3f}")
-
-    torch.manual_seed(config.seed)
-    model, sizes = RewardModel.from_generator(generator).to(device), dataclasses.asdict(generator.transformer.config)
-    del generator       # its place on the device is free again
-    model.transformer.recompute = config.recompute
-    if config.unfrozen >= 0:
-        model.transformer.freeze(config.unfrozen)
-    model.lm_head.requires_grad_(config.lm_weight > 0)
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
-    first = run.restore(model, optimizer)
-    S = torch.tensor(run.checkpoint["S"] if run.checkpoint else 0.5, device=device)  # the running normaliser
-    save = lambda step: run.save(step, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
-                                 tokenizer=tokenizer.to_dict(), model_config=sizes)
-    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    forward = torch.compile(forward, dynamic=True) if config.compile else forward
-    model.train()
-    if first < config.steps:
-        print(" step " + " ".join(f"{key:>6}" for key in SHOWN))
-    bar = tqdm(range(first, config.steps), "reward model", config.steps, initial=first, disable=rank > 0 or None, leave=False)
-    for step in bar:
+        with precision:
+            responses = mask[:len(items), 0].sum().clamp(min=1)             # chosen ones
+            a, lm = forward(model, batch, responses, config.lm_weight)      # (2b, t), ()
+        a = team.join(a, mask.shape)                                        # (2B, T)
+        r = read_out(a, mask, config.readout)                               # (2B, T)
+        bt, margins = outcome(r, mask)
+        reg, S = normalised(*regularize(r, p, mask), S)
+        loss = config.lm_weight * lm + lam * reg + (1 - lam) * bt
+        loss.backward()
+        lm = lm.detach()
+        team.add_up([lm, *(q.grad for q in model.parameters() if q.grad is not None)])
         rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
-        numbers, chosen = data.batch_rows(training_indices(step, len(data), config.batch_size, config.seed))
-        rows = [data.rows[i] for i in numbers]
-        batch = collate(rows, [probs[i] for i in numbers]).to(device)
-        S, terms = backward(config, forward, rows, batch, chosen, data.paired, S)
-        grad_norm = update(model, optimizer, rate, config.clip)
+        norm = update(model, optimizer, rate)
 
-        done, last = step + 1, step + 1 == config.steps
-        saves, evaluates = done % config.save_interval == 0 or last, done % config.eval_interval == 0 or last
-        if done % config.log_interval == 0 or saves or evaluates:
-            if world > 1:
-                dist.all_reduce(terms["lm"])
-            margins = terms.pop("margins")
-            terms = {key: value.item() for key, value in terms.items()}
-            record = {"step": done, "loss": objective(config, **terms), **terms, "accuracy": (margins > 0).float().mean().item(),
-                      "margin": margins.mean().item(), "grad_norm": grad_norm.item(), "learning_rate": rate, "S": S.item()}
-            check_finite(done, record["loss"], record["grad_norm"])
-            if evaluates and rank == 0:
-                record["eval_accuracy"] = evaluate_split(model, splits["val"], device)[0]["accuracy"]
-            run.log(record)
-            tqdm.write(f"{done:5d} " + " ".join(f"{record[key]:{max(6, len(key))}.3f}" for key in SHOWN if key in record))
-        if saves:
-            save(done)
-    return model, dataset, data, splits
+        done = step + 1
+        looks = done % config.eval_interval == 0 or done == config.steps
+        if done % config.log_interval == 0 or looks:
+            terms = {"bt": bt, "accuracy": (margins > 0).float().mean(), "margin": margins.mean(),
+                     "reg": reg, "lm": lm, "grad_norm": norm, "S": S}
+            log(run, done, terms, rate, model, dataset, looks and team.first)
+        if looks:
+            run.save(done, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
+                     model_config=dataclasses.asdict(model.model.config),
+                     tokenizer=dataset.tokenizer.to_dict())
+    return model
+
+
+def start(config, dataset, probs, team):
+    """The model, new from the generator's weights or as the checkpoint has it.
+    -> RewardModel, optimizer, Run, number of the first step"""
+    checkpoint = load_checkpoint(config.generator, "generator", "policy")
+    generator = frozen_language_model(checkpoint, config.generator)
+    torch.manual_seed(config.seed)
+    model = RewardModel.from_generator(generator, config.readout).to(team.device).train()
+    code = (HERE / "regularizer.py").read_text(encoding="utf-8")
+    inputs = {"data": dataset.fingerprint, "p": probs.fingerprint,
+              "regularizer.py": fingerprint(code)}
+    run = Run("reward model", config, inputs, writes=team.first)
+    model.model.recompute = config.recompute
+    if config.compile:
+        model.model.compile(dynamic=True)
+    optimizer = make_optimizer(model, config.learning_rate)
+    return model, optimizer, run, run.restore(model, optimizer)
+
+
+def log(run, step, terms, rate, model, dataset, looks):
+    """Write and print one line of the log, with a look at val where it `looks`."""
+    record = {"step": step} | {name: value.item() for name, value in terms.items()}
+    record["learning_rate"] = rate
+    check_finite(step, *record.values())
+    if looks:
+        found = evaluate_split(model, dataset, "val")["val"]
+        record |= {f"val_{key}": found[key] for key in ("accuracy", "correlation")
+                   if key in found}
+    run.log(record)
+    tqdm.write(f"{step:5d}" + "".join(f"{record[key]:10.3f}" for key in SHOWN if key in record))
+
+
+class Team:
+    """The processes that torchrun started, one by default. Each reads its share of every batch and
+    meets the others' rewards without gradient; gradients are added up."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+        if self.size > 1:
+            gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+            device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else device
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=7))
+        self.device = pick_device(device)
+        if not self.first:
+            sys.stdout = open(os.devnull, "w")
+
+    def join(self, a, shape):
+        """This process's scores in their places among all.  (2b, t) -> (2B, T)"""
+        if self.size == 1:
+            return a
+        B, a = shape[0] // 2, F.pad(a, (0, shape[1] - a.size(1)))
+        mine = torch.arange(self.rank, B, self.size, device=a.device)
+        mine = torch.cat([mine, B + mine])
+        everyone = torch.zeros(shape, device=a.device).index_copy(0, mine, a.detach())
+        dist.all_reduce(everyone)
+        return everyone.index_copy(0, mine, a)
+
+    def add_up(self, tensors):
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor)
+
+
+def default_folder(config):
+    """out/DATASET-REGULARIZER-seedSEED, with p and the read-out where they are not the paper's."""
+    words = [config.dataset, config.regularizer, config.probs, config.readout, f"seed{config.seed}"]
+    return "out/" + "-".join(word for word in words if word not in ("generator", "last"))
+
+
+def obtain_inputs(config):
+    """Run the commands that make the toy world and the generator, where they are absent."""
+    if config.dataset == "toy" and not Path("data/toy/dataset.json").exists():
+        run_other("data/toy/prepare.py")
+    if not (Path(config.generator) / "p.json").exists():
+        run_other("generator.py", dataset=config.dataset, out_dir=config.generator,
+                  device=config.device, dtype=config.dtype,
+                  resume=(Path(config.generator) / "ckpt.pt").exists())
 
 
 def main(config):
     config = dataclasses.replace(
         config, generator=config.generator or f"out/{config.dataset}-generator",
-        out_dir=config.out_dir or f"out/{config.dataset}-{config.regularizer}-seed{config.seed}")
-    config = start_processes(config)
-    with first_process_first():     # downloads, if there are any
-        config = with_pretrained_sizes(config)
+        out_dir=config.out_dir or default_folder(config))
+    choose("regularizer", config.regularizer, REGULARIZERS)
+    choose("probs", config.probs, PROBS)
+    choose("readout", config.readout, READOUTS)
+    in_range(config, 1, 10**9, "steps", "batch_size", "log_interval", "eval_interval")
+    in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "lm_weight")
+    in_range(config, 0, 1, "reg_weight")
+    team, started = Team(config.device), time.time()
     show(config)
-    in_range(config, 1, 10**9, "steps", "batch_size", "accumulate", "log_interval", "eval_interval", "save_interval")
-    in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "weight_decay", "lm_weight")
-    in_range(config, 0, 1, "reg_weight", "lm_trunk_gradient")
-    in_range(config, -1, config.n_layer, "unfrozen")
-    in_range(config, TINY, 10**9, "temperature", "clip")
-    in_range(config, TINY, 1, "top_p")
-    autocast(pick_device(config.device), config.dtype)
-    rank, world = processes()
-    if config.batch_size % (world * config.accumulate):
-        raise UserError(f"--batch_size={config.batch_size} does not divide into {world} processes times --accumulate={config.accumulate}")
-    with first_process_first():
-        if config.dataset == "toy" and not (dataset_folder("toy") / "dataset.json").exists():
-            prepare_toy(ToyConfig())
-    started = time.time()
-    model, dataset, data, splits = train(config)
-    if world > 1:
+    if config.batch_size % team.size:
+        raise UserError(f"--batch_size={config.batch_size} does not divide by {team.size}")
+    if team.first:
+        obtain_inputs(config)
+    if team.size > 1:
+        dist.barrier()
+    dataset = open_dataset(config.dataset)
+    probs = Probs(config.probs, dataset, config.generator)
+    model = train(config, dataset, probs, team)
+    if team.first:
+        results = evaluate_splits(model, dataset)
+        write_json(Path(config.out_dir) / "eval.json",
+                   {"settings": dataclasses.asdict(config), "splits": results})
+        print_table(results)
+        print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json; {time.time() - started:.0f}s")
+    if team.size > 1:
         dist.destroy_process_group()
-    if rank > 0:
-        return
-    print(f"data, generator and training took {time.time() - started:.0f} s; evaluating")
-    results = evaluate_splits(model, dataset, splits, pick_device(config.device))
-    write_json(Path(config.out_dir) / "eval.json", {"settings": dataclasses.asdict(config), "splits": results,
-                                                    "train": {"n": len(data), "skipped": data.skipped}})
-    print_table(results)
-    print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl and eval.json")
 
 
 if __name__ == "__main__":

@@ -1,276 +1,231 @@
-"""Reading JSONL files of pairs, of labelled responses, of candidates and of steps, and checking every row.
+"""Files of JSON lines -> items (pairs, candidates, steps), all checked; and items -> Rows.
 
 Pairs come in any of TRL's four forms: `prompt`, `chosen`, `rejected` as strings; the same without
 `prompt` (what the two texts share, cut at a turn, is the prompt); and both with lists of
-{"role", "content"} messages. `chosen` and `rejected` may also be lists of equally many strings from
-the plainest style to the richest, as in RM-Bench: every chosen text then meets every rejected one.
-Optional: `id`, `subset`. Labelled responses: `prompt`, `completion`, `label` (true or false).
-Candidates: `prompt`, `responses: [{"text", "correct"}, ...]`, with each one's final `answer` where votes are
-counted. Steps: `prompt`, `steps`, `first_error` (from 0; -1 where every step is right).
+{"role", "content"} messages. `chosen` and `rejected` may also be lists of strings from the
+plainest style to the richest, as in RM-Bench: every chosen text then meets every rejected one.
+Candidates: `prompt`, `responses: [{"text", "correct"}, ...]`, with each one's final `answer` where
+votes are counted; `prompt`, `completion`, `label` (true or false) is one candidate alone. Steps:
+`prompt`, `steps`, `first_error` (from 0; -1: none). Optional: `id`, `subset`.
 
-Whole-file errors are a UserError. A bad row is reported with file, row and reason, counted and left
-out; with strict=True the first one is an error.
+A bad row is left out and counted; the first few are printed with their number and the reason.
 """
 import gzip
 import json
+import os
 import zlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from functools import partial
+from itertools import accumulate, product
+from typing import NamedTuple
+
+import numpy as np
 
 from config import UserError
+from data.dataset import listed, tokenise
+from data.rows import Row
 
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-TURN = "\n\nAssistant:"  # a dialogue's prompt ends here, without a space
-SHOWN = 5                # bad rows printed before they are only counted
+TURN = "\n\nAssistant:"     # a dialogue's prompt ends here, without a space
+SHOWN = 5                   # bad rows printed before they are only counted
 
 
 class BadRow(Exception):
-    """Why one row cannot be used."""
+    """Why one row cannot be used; bad rows are counted by what stands before ' ('."""
 
 
-@dataclass(frozen=True)
-class Pair:
+class Item(NamedTuple):
     prompt: str
-    chosen: str
-    rejected: str
+    responses: tuple        # texts: chosen and rejected, candidates, or one solution
+    correct: tuple = ()     # of candidates: a number each, True or False counting as 1 or 0
+    answers: tuple = ()     # of candidates: their final answers, where every one has one
+    ends: tuple = ()        # of a solution: where its steps end in the text
+    first_error: int = -1   # of a solution: the first wrong step, from 0; -1: none
     id: str = ""
     subset: str = ""
-    cell: tuple = ()    # RM-Bench: the styles of chosen and rejected, (0, 0) to (2, 2)
+    cell: tuple = ()        # RM-Bench: the styles of chosen and rejected, (0, 0) to (2, 2)
 
 
-@dataclass(frozen=True)
-class Labelled:
-    prompt: str
-    completion: str
-    label: bool         # whether the response is correct
-    id: str = ""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    prompt: str
-    responses: tuple    # texts
-    correct: tuple      # a number each, True or False counting as 1 or 0
-    id: str = ""
-    answers: tuple = () # final answers, where every response has one
-
-
-@dataclass(frozen=True)
-class Steps:
-    prompt: str
-    steps: tuple        # texts
-    first_error: int    # the first wrong step, from 0; -1: none
-    id: str = ""
-    subset: str = ""
-
-
-def read_pairs(path, strict=False, as_dialogue=False):
-    """JSONL file -> (list of Pair, number of bad rows). as_dialogue: plain prompts become one Human turn."""
-    return read_rows(path, lambda row: parse_pairs(row, as_dialogue), strict)
-
-
-def read_labelled(path, strict=False, as_dialogue=False):
-    """JSONL file -> (list of Labelled, number of bad rows)."""
-    return read_rows(path, lambda row: parse_labelled(row, as_dialogue), strict)
-
-
-def read_candidates(path, strict=False, as_dialogue=False):
-    """JSONL file -> (list of Candidates, number of bad rows)."""
-    return read_rows(path, lambda row: parse_candidates(row, as_dialogue), strict)
-
-
-def read_steps(path, strict=False, as_dialogue=False):
-    """JSONL file -> (list of Steps, number of bad rows)."""
-    return read_rows(path, lambda row: parse_steps(row, as_dialogue), strict)
-
-
-def read_rows(path, parse, strict):
-    """Apply parse (object -> list) to every line; returns (all results, number of bad rows)."""
-    found, bad, readable = [], 0, 0
+def read_items(path, parse, as_dialogue=False, left_out=None):
+    """Yield what parse, one of the functions below, makes of each line; plain prompts become one
+    Human turn with as_dialogue. left_out: a Counter of bad rows by reason; without it they pass in
+    silence (where a file is read again)."""
+    found = bad = 0
     for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
         try:
-            row = decode_row(line)
-            readable += 1
-            found += parse(row)
+            items = parse(decode_row(line), as_dialogue) if line.strip() else []
         except BadRow as reason:
-            if strict:
-                raise UserError(f"{path}, row {number}: {reason}") from None
-            bad += 1
-            if bad <= SHOWN:
-                print(f"left out: {path}, row {number}: {reason}")
-    if bad > SHOWN:
-        print(f"left out: {path}: {bad - SHOWN} more bad rows")
-    if not readable:
-        raise UserError(f"{path} holds no JSON lines; one object per line is expected")
+            items, bad = [], bad + 1
+            if left_out is not None:
+                left_out[str(reason).partition(" (")[0]] += 1
+                if bad <= SHOWN:
+                    print(f"left out: {path}, row {number}: {reason}")
+        found += len(items)
+        yield from items
     if not found:
-        raise UserError(f"{path} has no usable row ({bad} bad)")
-    return found, bad
+        raise UserError(f"{path} has no usable row ({bad} bad); one JSON object a line is expected")
 
 
 def lines_of(path):
-    """The file's lines one by one, split at \\n alone (texts may hold other line separators), \\r\\n read as \\n."""
-    path, start = Path(path), 0
-    if not path.is_file():
-        raise UserError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing: no such file'}")
+    """The lines of a file, split at \\n or \\r\\n alone: texts may hold other line separators."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for line in file:
-                yield line.decode("utf-8" if start else "utf-8-sig").removesuffix("\n").removesuffix("\r")
-                start += len(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {start + error.start})") from None
-    except (EOFError, zlib.error, OSError) as error:
+                yield line.rstrip("\r\n")
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 
 
 def decode_row(line):
     try:
         row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError, and integers too long to convert
+    except (ValueError, RecursionError) as error:   # integers too long, lists too deep
         raise BadRow(f"broken JSON ({error})") from None
-    except RecursionError:
-        raise BadRow("JSON nested too deeply") from None
     if not isinstance(row, dict):
         raise BadRow(f"a {type(row).__name__} where an object is expected")
     return row
 
 
-def parse_pairs(row, as_dialogue):
-    """One object -> its pairs (nine for RM-Bench's lists of three, else one)."""
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise BadRow(f"no {key!r}")
-    label = {"id": name_of(row, "id"), "subset": name_of(row, "subset")}
-    chosen, rejected = row["chosen"], row["rejected"]
+# One object -> a list of items -------------------------------------------------------------------
+
+def parse_pairs(row, as_dialogue=False):
+    """-> one pair, or nine from RM-Bench's lists of three"""
+    prompt, chosen, rejected = (row.get(key) for key in ("prompt", "chosen", "rejected"))
+    subset, pairs = name_of(row, "subset"), []
     if is_list_of(str, chosen) and is_list_of(str, rejected):
-        if len(chosen) != len(rejected):
-            raise BadRow(f"{len(chosen)} chosen and {len(rejected)} rejected texts")
-        meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
-        label["subset"] = name_of(row, "domain") or name_of(meta, "domain") or label["subset"]      # scored by domain
-        return [checked(*dialogue(row.get("prompt"), a, b, as_dialogue=as_dialogue), **label, cell=(i, j) if len(chosen) > 1 else ())
-                for i, a in enumerate(chosen) for j, b in enumerate(rejected)]
-    if "prompt" not in row:
-        prompt, chosen, rejected = split_prompt(chosen, rejected)
+        subset = name_of(row, "domain") or name_of(row.get("meta"), "domain") or subset
     else:
-        prompt = row["prompt"]
-    return [checked(*dialogue(prompt, chosen, rejected, as_dialogue=as_dialogue), **label)]
+        if "prompt" not in row:
+            prompt, chosen, rejected = split_prompt(chosen, rejected)
+        chosen, rejected = [chosen], [rejected]
+    for (i, a), (j, b) in product(enumerate(chosen), enumerate(rejected)):
+        text, *responses = dialogue(as_dialogue, prompt, a, b)
+        for name, one in zip(("prompt", "chosen", "rejected"), (text, *responses)):
+            check_text(name, one)
+        if responses[0] == responses[1]:
+            raise BadRow("chosen and rejected are the same")
+        pairs.append(Item(text, tuple(responses), id=name_of(row, "id"), subset=subset,
+                          cell=(i, j) if len(chosen) > 1 else ()))
+    return pairs
 
 
-def parse_labelled(row, as_dialogue):
-    """One object -> one Labelled."""
-    prompt, completion = dialogue(row.get("prompt"), row.get("completion"), as_dialogue=as_dialogue)
-    check_text("prompt", prompt)
-    check_text("completion", completion)
-    if not isinstance(row.get("label"), (bool, int)) or row["label"] not in (0, 1):
-        raise BadRow("no 'label', or one that is not true or false")
-    return [Labelled(prompt, completion, bool(row["label"]), name_of(row, "id"))]
-
-
-def parse_candidates(row, as_dialogue):
-    """One object -> one Candidates."""
+def parse_candidates(row, as_dialogue=False):
+    """-> one item; an empty text is a response too"""
     responses = row.get("responses")
+    if "completion" in row:
+        responses = [{"text": row["completion"], "correct": row.get("label")}]
     if not is_list_of(dict, responses):
         raise BadRow("no 'responses', or not a list of objects")
-    texts = [response.get("text") for response in responses]
-    prompt, *texts = dialogue(row.get("prompt"), *texts, as_dialogue=as_dialogue)
+    texts, correct = ([one.get(key) for one in responses] for key in ("text", "correct"))
+    prompt, *texts = dialogue(as_dialogue, row.get("prompt"), *texts)
     check_text("prompt", prompt)
-    if not all(isinstance(text, str) for text in texts):    # an empty one is a response too
-        raise BadRow("a response without 'text'")
-    correct = [response.get("correct") for response in responses]
-    if not all(isinstance(value, (bool, int, float)) and abs(value) < 1e30 for value in correct):
-        raise BadRow("a response without 'correct' (true, false or a finite number)")
-    answers = [name_of(response, "answer").strip() for response in responses]
-    return [Candidates(prompt, tuple(texts), tuple(map(float, correct)), name_of(row, "id"),
-                       tuple(answers) if all(answers) else ())]
+    if not is_list_of(str, texts):
+        raise BadRow("a response without text")
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e30 for value in correct):
+        raise BadRow("a response without 'correct' or 'label' (true, false or a finite number)")
+    answers = [name_of(one, "answer").strip() for one in responses]
+    return [Item(prompt, tuple(texts), tuple(map(float, correct)),
+                 tuple(answers) if all(answers) else ())]
 
 
-def parse_steps(row, as_dialogue):
-    """One object -> one Steps."""
+def parse_steps(row, as_dialogue=False):
+    """-> one item; its response are the steps joined by newlines"""
     steps, error = row.get("steps"), row.get("first_error")
     if not is_list_of(str, steps) or not all(step.strip() for step in steps):
         raise BadRow("no 'steps', or not a list of texts")
-    if not isinstance(error, int) or isinstance(error, bool) or not -1 <= error < len(steps):
-        raise BadRow(f"'first_error' is not a whole number from -1 to {len(steps) - 1}")
-    prompt, first = dialogue(row.get("prompt"), steps[0], as_dialogue=as_dialogue)
+    if type(error) is not int or error not in range(-1, len(steps)):
+        raise BadRow(f"'first_error' is not a whole number (from -1 to {len(steps) - 1})")
+    text = "\n".join(steps)
+    prompt, spaced = dialogue(as_dialogue, row.get("prompt"), text)
     check_text("prompt", prompt)
-    return [Steps(prompt, (first, *steps[1:]), error, name_of(row, "id"), name_of(row, "subset"))]
+    ends = accumulate((len(step) + 1 for step in steps), initial=len(spaced) - len(text))
+    return [Item(prompt, (spaced,), ends=tuple(ends)[1:], first_error=error,
+                 subset=name_of(row, "subset"))]
+
+
+def dialogue(as_dialogue, prompt, *responses):
+    """Messages (or, as_dialogue, a plain prompt) as '\\n\\nHuman: ...\\n\\nAssistant: ...' text."""
+    if as_dialogue and isinstance(prompt, str) and prompt.strip() and TURN not in prompt:
+        prompt = [{"role": "user", "content": prompt}]
+    if not is_list_of(dict, prompt):
+        return prompt, *responses
+    for message in prompt:
+        if message.get("role") not in tuple(ROLES):     # a role may be a list
+            raise BadRow(f"a message without a known 'role' ({', '.join(ROLES)})")
+        check_text("a message's content", message.get("content"))
+    text = "".join(ROLES[message["role"]] + message["content"] for message in prompt)
+    return text + TURN, *map(reply_of, responses)
+
+
+def reply_of(response):
+    """The text of a dialogue's response, plain or one assistant message, behind its space."""
+    if is_list_of(dict, response):
+        if len(response) > 1 or response[0].get("role") != "assistant":
+            raise BadRow("a response that is not one assistant message")
+        response = response[0].get("content")
+    return f" {response}" if isinstance(response, str) and response.strip() else response
+
+
+def split_prompt(chosen, rejected):
+    """Whole texts or conversations -> what both share, cut at a turn, and what is left of each."""
+    if is_list_of(dict, chosen) and is_list_of(dict, rejected):
+        cut, most = 0, min(len(chosen), len(rejected)) - 1
+        while cut < most and chosen[cut] == rejected[cut]:
+            cut += 1
+    else:
+        check_text("chosen", chosen)
+        check_text("rejected", rejected)
+        same = len(os.path.commonprefix([chosen, rejected]))
+        cut = chosen.rfind(TURN, 0, same) + len(TURN)
+        if cut < len(TURN):     # no dialogue: cut before the last space that both share
+            cut = max(chosen.rfind(" ", 0, same), 0)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def name_of(row, key):
     """An optional label as text, '' where it is absent."""
-    return "" if row.get(key) is None else str(row[key])
-
-
-def dialogue(prompt, *responses, as_dialogue):
-    """Prompt and responses, with messages (or, as_dialogue, a plain prompt) written as dialogue text."""
-    if is_list_of(dict, prompt):
-        return render(prompt) + TURN, *(" " + render_reply(reply) for reply in responses)
-    if as_dialogue and isinstance(prompt, str) and prompt.strip() and TURN not in prompt:
-        spaced = (" " + text if isinstance(text, str) and text.strip() else text for text in responses)
-        return ROLES["user"] + prompt + TURN, *spaced
-    return prompt, *responses
-
-
-def render(messages):
-    """Messages -> '\\n\\nHuman: ...\\n\\nAssistant: ...' text."""
-    for message in messages:
-        if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
-            raise BadRow(f"a message without a known 'role' ({', '.join(ROLES)})")
-        check_text("a message's content", message.get("content"))
-    return "".join(ROLES[message["role"]] + message["content"] for message in messages)
-
-
-def render_reply(reply):
-    """The response of a conversational pair: one assistant message in a list, or a plain string."""
-    if isinstance(reply, str):
-        return reply
-    if not is_list_of(dict, reply) or len(reply) != 1 or reply[0].get("role") != "assistant":
-        raise BadRow("a response that is not one assistant message")
-    check_text("response", reply[0].get("content"))
-    return reply[0]["content"]
-
-
-def contrasts(labelled):
-    """Every correct response of a prompt against every incorrect one of it: a list of Pair."""
-    sides = {}
-    for item in labelled:
-        sides.setdefault(item.prompt, ([], []))[not item.label].append(item.completion)
-    return [Pair(prompt, chosen, rejected) for prompt, (correct, incorrect) in sides.items()
-            for chosen in correct for rejected in incorrect if chosen != rejected]
-
-
-def split_prompt(chosen, rejected):
-    """Whole texts or conversations -> (prompt, chosen, rejected): what both share, cut at a turn."""
-    if is_list_of(dict, chosen) and is_list_of(dict, rejected):
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        return chosen[:shared], chosen[shared:], rejected[shared:]
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        check_text(name, text)
-    length = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    cut = chosen.rfind(TURN, 0, length) + len(TURN)
-    if cut < len(TURN):  # no dialogue: cut before the last space that both share
-        cut = max(chosen.rfind(" ", 0, length), 0)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def checked(prompt, chosen, rejected, id="", subset="", cell=()):
-    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        check_text(name, text)
-    if chosen == rejected:
-        raise BadRow("chosen and rejected are the same")
-    return Pair(prompt, chosen, rejected, id, subset, cell)
+    value = row.get(key) if isinstance(row, dict) else None
+    return "" if value is None else str(value)
 
 
 def check_text(name, text):
     if not isinstance(text, str):
-        raise BadRow(f"{name} is missing" if text is None else f"{name} is not text but {type(text).__name__}")
+        what = "missing" if text is None else f"not text but {type(text).__name__}"
+        raise BadRow(f"{name} is {what}")
     if not text.strip():
         raise BadRow(f"{name} is empty")
 
 
 def is_list_of(kind, value):
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, kind) for item in value)
+    return isinstance(value, list) and value != [] and all(isinstance(item, kind) for item in value)
+
+
+# Files for a model that exists already -----------------------------------------------------------
+
+def read_rows(parse, path, tokenizer, block_size, as_dialogue=False):
+    """-> (items, a Row of each, how many were left out: bad rows, and those with a response that
+    is longer than the context)"""
+    left_out = Counter()
+    items = list(read_items(path, parse, as_dialogue, left_out))
+    count = len(items) + left_out.total()
+    texts = [(item, item.prompt, *item.responses) for item in items]
+    found = tokenise(texts, tokenizer, block_size, left_out)
+    if not found:
+        raise UserError(f"nothing is left of {path}; left out: {listed(left_out)}")
+    print(f"{path}: {len(found)} rows; left out: {listed(left_out)}")
+    rows = [Row(np.array(prompt), tuple(map(np.array, responses)))
+            for _, (prompt, *responses) in found]
+    return [item for item, _ in found], rows, count - len(found)
+
+
+read_pair_rows = partial(read_rows, parse_pairs)
+read_candidate_rows = partial(read_rows, parse_candidates)
+
+
+def read_step_rows(path, tokenizer, block_size, as_dialogue=False):
+    """-> (items, a Row of each, the places of the steps' last tokens in its response)"""
+    items, rows, _ = read_rows(parse_steps, path, tokenizer, block_size, as_dialogue)
+    ends = [[len(tokenizer.encode(item.responses[0][:end])) - 1 for end in item.ends]
+            for item in items]
+    return items, rows, ends

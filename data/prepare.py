@@ -1,192 +1,188 @@
-"""Make a dataset of any JSONL file of pairs: a folder data/NAME with train.jsonl, val.jsonl and its tokenizer.
+"""Make a dataset, data/NAME, of a JSONL file or of a published collection.
 
-    python data/prepare.py --name=mine --input=pairs.jsonl --tokenizer=bpe:4096
+    python data/prepare.py --name=mine --input=FILE.jsonl --tokenizer=bpe:4096
+    python data/prepare.py --source=hh_rlhf                     downloads with `datasets`
+    python data/prepare.py --source=gsm8k --input=LOCAL.jsonl   a local copy of its raw rows
     python train.py --dataset=mine
 
-The file may also hold labelled responses (correct or not), or candidates, whose held-out part is then written as
-candidates.jsonl as well, for bon.py. The held-out part is taken by prompt: no prompt stands in both. The formats
-that are read: data/pairs.py.
+A file holds pairs, labelled responses or candidates (data/pairs.py). A held-out prompt is nowhere
+in the training part; its candidates are kept as text too, for bon.py: data/NAME/candidates.jsonl.
+Benchmarks are only copied, to data/NAME/test.jsonl, for evaluate.py --as_dialogue=True.
 """
 import json
-import shutil
+import re
 import sys
 import tempfile
 import zlib
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, fingerprint, in_range, run_script, show, write_atomically, write_json
+from config import UserError, choose, in_range, run_script, show, write_text
 from data import tokenizer as tokenizers
-from data.pairs import BadRow, Labelled, decode_row, lines_of, read_candidates, read_labelled, read_pairs
-
-DATA = Path(__file__).resolve().parent
+from data.dataset import dataset_folder, write_dataset
+from data.pairs import (TURN, BadRow, is_list_of, lines_of, parse_candidates, parse_pairs,
+                        read_items)
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    name: str = ""              # the dataset's name: its folder under data/
-    input: str = ""             # a JSONL file of pairs, labelled responses or candidates (.gz is read too)
-    tokenizer: str = "gpt2"     # gpt2, or bpe:SIZE for a vocabulary trained on the pairs
-    val_share: float = 0.1      # share of prompts held out as val.jsonl
-    strict: bool = False        # stop at the first bad row
+    name: str = ""              # the dataset's name: its folder under data/; empty: the source's
+    source: str = ""            # a published collection, a row of SOURCES; empty: your own file
+    input: str = ""             # a JSONL file (.gz is read too); empty: download the source
+    tokenizer: str = "gpt2"     # gpt2, or bpe:SIZE for a vocabulary trained on the data
+    block_size: int = 1024      # most tokens of a prompt and its longer response
+    val_share: float = 0.0      # share of prompts held out; 0: the source's own, 0.1 of a file
+    every: int = 0              # keep every so many of the rows; 0: the source's own, 1 of a file
     as_dialogue: bool = False   # write plain prompts as one Human turn
 
 
-def dataset_folder(name):
-    """data/NAME, refusing names that are not one plain folder."""
-    if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"a dataset's name is one folder's name under data/, not {name!r}")
-    return DATA / name
+# A raw row of a published collection -> a row as data/pairs.py describes, or None ---------------
+
+def from_hh(row):
+    """Two whole dialogues; they must not part before the last reply."""
+    prompts = {str(row.get(key)).rpartition(TURN)[0] for key in ("chosen", "rejected")}
+    if len(prompts) > 1 or "" in prompts:
+        raise BadRow("no two dialogues that part at the last reply")
+    return row
 
 
-def write_dataset(folder, splits, tokenizer, kind="pairs", world=None):
-    """Write {split: rows} and a Tokenizer, or the one of that name (a bpe is trained on `train`), into folder.
-
-    dataset.json is written last: its presence says that the folder is whole. kind 'labels' says that the rows
-    are labelled responses, kind 'toy' that the World with the settings `world` wrote them: exact values are known."""
-    if isinstance(tokenizer, str):
-        texts = (row[key] for row in splits["train"] for key in ("prompt", "chosen", "rejected", "completion") if key in row)
-        tokenizer = tokenizers.make(tokenizer, texts)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
-    try:
-        for split, rows in splits.items():
-            (temporary / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in ("dataset.json", "candidates.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        for path in temporary.iterdir():
-            path.replace(folder / path.name)
-        write_json(folder / "dataset.json", {"kind": kind, "world": world or {}, "tokenizer": tokenizer.to_dict()})
-    finally:
-        shutil.rmtree(temporary)
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
-    print(f"wrote {folder}: {counts}; a vocabulary of {tokenizer.vocab_size} tokens")
+def from_unified(row):
+    """Two conversations: the better rated one is chosen, equal ones are not kept."""
+    ratings = row.get("conv_A_rating"), row.get("conv_B_rating")
+    if not all(isinstance(rating, (int, float)) for rating in ratings):
+        raise BadRow("conv_A_rating or conv_B_rating is missing")
+    if ratings[0] == ratings[1]:
+        return None
+    better, worse = ("conv_A", "conv_B") if ratings[0] > ratings[1] else ("conv_B", "conv_A")
+    return {"chosen": row.get(better), "rejected": row.get(worse)}
 
 
-@dataclass(frozen=True)
-class Dataset:
-    folder: Path
-    kind: str                           # pairs, labels or toy
-    tokenizer: tokenizers.Tokenizer
-    world: dict                         # settings of the toy world's World; empty elsewhere
-
-    @property
-    def fingerprint(self):
-        """Of the training pairs as they are on disk."""
-        return fingerprint(self.path("train").read_text(encoding="utf-8"))
-
-    def path(self, split):
-        return self.folder / f"{split}.jsonl"
-
-    def prompts(self, split):
-        """The distinct prompts of a split, in its order."""
-        read = read_labelled if self.kind == "labels" else read_pairs
-        return list(dict.fromkeys(item.prompt for item in read(self.path(split))[0]))
+def from_gsm8k(row):
+    """{'question', MODEL: {'solution', 'is_correct'}, ...}, or candidates; with final answers."""
+    found = row.get("responses")
+    if not is_list_of(dict, found):
+        found = [{"text": value.get("solution"), "correct": value.get("is_correct")}
+                 for value in row.values() if isinstance(value, dict)]
+    for one in found:       # the answer stands behind the last 'A:'
+        lines = re.findall(r"^A:\s*(\S.*)$", str(one.get("text")), flags=re.M) or ["none"]
+        one["answer"] = lines[-1].strip().replace(",", "").replace("$", "")
+    return {"prompt": row.get("question", row.get("prompt")), "responses": found}
 
 
-def open_dataset(name):
-    """A prepared dataset's name -> Dataset."""
-    folder = dataset_folder(name)
-    if not (folder / "dataset.json").is_file():
-        known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-        make = (f"python data/{name}/prepare.py" if name in known else
-                f"python data/prepare.py --name={name} --input=FILE.jsonl (or use one of: {', '.join(known)})")
-        raise UserError(f"no dataset {name!r} yet; make it with {make}")
-    try:
-        described = json.loads((folder / "dataset.json").read_text())
-        return Dataset(folder, described["kind"], tokenizers.from_dict(described["tokenizer"]), described["world"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'dataset.json'} is damaged; prepare the dataset again") from None
+class Source(NamedTuple):
+    hub: str                    # its name on the hub, or what else its file is
+    options: dict | None        # of load_dataset; None: it is not on the hub
+    convert: Callable = dict    # one of the functions above; rows are well as they are
+    val_share: float = 0.1
+    every: int = 1              # every so many of the rows are kept
+    benchmark: bool = False     # never trained on
 
 
-def held_out(prompt, share):
-    """Whether a prompt belongs to the held-out part: decided by the prompt alone."""
-    return zlib.crc32(prompt.encode("utf-8", "surrogatepass")) % 10000 < share * 10000
+SOURCES = {
+    "hh_rlhf": Source("Anthropic/hh-rlhf", {"data_dir": "harmless-base"}, from_hh),
+    # every 20th is the paper's 40K, --every=2 its 400K
+    "unified_feedback": Source("llm-blender/Unified-Feedback", {"name": "all"}, from_unified,
+                               0.02, 20),
+    "skywork": Source("Skywork/Skywork-Reward-Preference-80K-v0.2", {}, val_share=0.02),
+    "gsm8k": Source("example_model_solutions.jsonl of github.com/openai/grade-school-math", None,
+                    from_gsm8k, 0.2),
+    "rewardbench": Source("allenai/reward-bench", {"split": "filtered"}, benchmark=True),
+    "rm_bench": Source("THU-KEG/RM-Bench", {}, benchmark=True),
+}
 
 
-def prepare_rows(name, path, items, config, kind="pairs", candidates=()):
-    """Split Pairs (or Labelled responses, kind 'labels') by prompt and write them as the dataset data/NAME."""
-    splits = {"train": [], "val": []}
-    for item in items:
-        splits["val" if held_out(item.prompt, config.val_share) else "train"].append(
-            {key: value for key, value in asdict(item).items() if value not in ("", ())})
-    for split, rows in splits.items():
-        if not rows:
-            raise UserError(f"{path}: nothing left for {split} with --val_share={config.val_share}")
-    if candidates:
-        splits["candidates"] = [
-            {"prompt": item.prompt, "responses": [{"text": text, "correct": correct} | ({"answer": answer} if answer else {})
-                                                  for text, correct, answer in zip_longest(item.responses, item.correct, item.answers)]}
-            for item in candidates if held_out(item.prompt, config.val_share)]
-    write_dataset(dataset_folder(name), splits, config.tokenizer, kind)
-
-
-def prepare_candidates(name, path, candidates, config):
-    """Candidates -> a dataset of labelled responses, and the held-out candidates for bon.py."""
-    labelled = [Labelled(item.prompt, text, bool(correct), item.id) for item in candidates
-                for text, correct in zip(item.responses, item.correct)]
-    if any(correct not in (0, 1) for item in candidates for correct in item.correct):
-        raise UserError(f"{path}: candidates to train on are correct or not (true or false)")
-    prepare_rows(name, path, labelled, config, "labels", candidates)
-
-
-def from_hub(name, folder, /, **options):
-    """Fetch a dataset of the hub with the `datasets` package, as a JSONL file in folder; returns its path."""
+def download(source, path):
+    """Fetch a source from the hub, as a JSONL file."""
+    if source.options is None:
+        raise UserError(f"name a file of {source.hub} with --input=FILE, or a collection that is "
+                        f"downloaded with --source=NAME ({', '.join(SOURCES)})")
     try:
         from datasets import load_dataset
-        load_dataset(name, **options).to_json(path := f"{folder}/rows.jsonl", force_ascii=False)
-        return path
-    except Exception as error:  # the package and the network fail in many ways
-        raise UserError(f"{name} could not be downloaded ({type(error).__name__}); `pip install datasets` and connect, or "
-                        "pass a local copy of it as JSONL with --input=FILE") from None
+        load_dataset(source.hub, **{"split": "train", **source.options}).to_json(path)
+    except Exception as error:      # the package and the network fail in many ways
+        raise UserError(f"{source.hub} could not be downloaded ({type(error).__name__}); connect "
+                        "and `pip install datasets`, or name a copy with --input=FILE") from None
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    input: str = ""             # a local copy as JSONL (.gz is read too); empty: download
-    strict: bool = False        # stop at the first bad row
+def items_of(config, source, path, left_out=None):
+    """Yield a file's items: of the rows that the source keeps, every config.every-th."""
+    kept = count()
+
+    def parse(row, as_dialogue):
+        row = source.convert(row)
+        if row is None or next(kept) % config.every:
+            return []
+        labelled = "responses" in row or "completion" in row
+        return (parse_candidates if labelled else parse_pairs)(row, as_dialogue)
+
+    return read_items(path, parse, config.as_dialogue, left_out)
 
 
-def write_benchmark(config, name, hub, **options):
-    """Check a benchmark's rows, local or the hub's, and copy them to data/NAME/test.jsonl for evaluate.py; none is trained on."""
-    show(config)
-    with tempfile.TemporaryDirectory() as folder:
-        path = config.input or from_hub(hub, folder, **options)
-        pairs, _ = read_pairs(path, config.strict, as_dialogue=True)
-        text = "\n".join(lines_of(path))
-    target = dataset_folder(name) / "test.jsonl"
-    write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(f"wrote {target}: {len(pairs)} pairs")
+def split_rows(items, kind, share, left_out, held_out):
+    """Items -> (split, prompt, first, second), a labelled response alone on its label's side; the
+    candidates of held-out prompts are added to the list held_out as lines."""
+    for item in items:
+        number = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass")) % 10000
+        split = "val" if number < share * 10000 else "train"    # decided by the prompt alone
+        if bool(item.correct) != (kind == "labels"):
+            raise UserError("a file holds pairs, or responses that are labelled, not both")
+        if kind == "pairs":
+            yield split, item.prompt, *item.responses
+        elif split == "val" and len(item.responses) > 1:
+            held_out.append(line_of(item))
+        for text, correct in zip(item.responses, item.correct):
+            if text.strip() and correct in (0, 1):
+                yield split, item.prompt, *((text, None) if correct else (None, text))
+            else:
+                left_out["a response that is empty, or neither correct nor incorrect"] += 1
 
 
-def first_row(path):
-    """The first row of a JSONL file that is an object; {} where there is none."""
-    for line in lines_of(path):
-        try:
-            return decode_row(line)
-        except BadRow:
-            pass
-    return {}
+def line_of(item):
+    """The JSON line from which parse_candidates makes the same candidates."""
+    columns = filter(None, (item.responses, item.correct, item.answers))
+    responses = [dict(zip(("text", "correct", "answer"), values)) for values in zip(*columns)]
+    return json.dumps({"prompt": item.prompt, "responses": responses}) + "\n"
+
+
+def prepare(config, source, path):
+    left_out, held_out, folder = Counter(), [], dataset_folder(config.name)
+    items = items_of(config, source, path, left_out)
+    first = next(items)
+    kind, share = "labels" if first.correct else "pairs", config.val_share
+    every = config.every * (1 + Path(path).stat().st_size // 10 ** 8)   # words must fit in memory
+    again = items_of(replace(config, every=every), source, path)
+    texts = (text for split, *texts in split_rows(again, kind, share, Counter(), [])
+             if split == "train" for text in texts if text)
+    tokenizer = tokenizers.make(config.tokenizer, texts)    # gpt2 reads none
+    rows = split_rows(chain([first], items), kind, share, left_out, held_out)
+    write_dataset(folder, rows, ("train", "val"), tokenizer, config.block_size, kind, left_out,
+                  source=config.source or config.input, val_share=share, every=config.every)
+    if held_out:
+        write_text(folder / "candidates.jsonl", "".join(held_out))
 
 
 def main(config):
     show(config)
+    if config.source:
+        choose("source", config.source, SOURCES)
+    source = SOURCES.get(config.source, Source("your own", None))
+    config = replace(config, name=config.name or config.source, every=config.every or source.every,
+                     val_share=config.val_share or source.val_share)
     in_range(config, 0, 1, "val_share")
-    if (dataset_folder(config.name) / "prepare.py").exists():
-        raise UserError(f"{config.name!r} is made by its own data/{config.name}/prepare.py; choose another --name")
-    if not config.input:
-        raise UserError("name a JSONL file of pairs with --input=FILE")
-    options, form = (config.input, config.strict, config.as_dialogue), first_row(config.input)
-    if "chosen" in form:
-        prepare_rows(config.name, config.input, read_pairs(*options)[0], config)
-    elif "responses" in form:
-        prepare_candidates(config.name, config.input, read_candidates(*options)[0], config)
-    elif "completion" in form:
-        prepare_rows(config.name, config.input, read_labelled(*options)[0], config, "labels")
-    else:
-        prepare_rows(config.name, config.input, read_pairs(*options)[0], config)
+    in_range(config, 1, 10**6, "every", "block_size")
+    with tempfile.TemporaryDirectory() as folder:
+        path = config.input or f"{folder}/rows.jsonl"
+        if not config.input:
+            download(source, path)
+        if not source.benchmark:
+            return prepare(config, source, path)
+        target = dataset_folder(config.name) / "test.jsonl"
+        write_text(target, "\n".join(lines_of(path)))
+        print(f"wrote {target}")
 
 
 if __name__ == "__main__":

@@ -1,153 +1,133 @@
-"""Tokenizers: GPT-2's, or a byte-pair vocabulary trained on the dataset itself; both run in tiktoken.
+"""Tokenizers: GPT-2's, or a byte-pair vocabulary trained on the dataset itself; tiktoken runs both.
 
-A tokenizer travels as one dictionary (name, vocabulary, fingerprint) inside its dataset's folder
-and inside every checkpoint, so that a checkpoint can always read text the way it was trained to.
+A tokenizer travels as a dictionary inside its dataset's folder and inside every checkpoint.
 """
 import base64
 import codecs
 import heapq
 import re
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import tiktoken
 
 from config import UserError, fingerprint
 
-# How text is cut before merging: contractions, words with their leading space, numbers, punctuation, white space.
-# Written so that Python's re (training) and tiktoken's engine (encoding) read it alike.
+# How text is cut before merging: contractions, words with the space before them, numbers, other
+# signs, white space. Written so that Python's re (training) and tiktoken (encoding) read it alike.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-END_OF_TEXT = "<|endoftext|>"
+SHARE = 64      # lists that a thread encodes at a time: handing out each one costs more than it
 
 
 class Tokenizer:
-    """A tiktoken encoding with one end-of-text token; special-token strings in data are plain text."""
+    """A byte-pair vocabulary, {bytes: rank}, and an end-of-text token behind it, whose name in data
+    is plain text. Without ranks it is GPT-2's, which tiktoken downloads once."""
 
-    def __init__(self, encoding, name):
-        self.encoding, self.name = encoding, name
-        self.end_of_text, self.split = encoding.eot_token, encoding._pat_str
-        self.vocab_size = encoding.n_vocab
-        self.fingerprint = fingerprint(name, self.vocabulary())
+    def __init__(self, name, ranks=None):
+        self.name, self.vocabulary = name, ""       # GPT-2's need not be kept
+        if ranks:
+            lines = (f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in ranks)
+            self.vocabulary = "".join(lines)        # in tiktoken's file format
+        self.encoding = load_gpt2() if not ranks else tiktoken.Encoding(
+            name, pat_str=SPLIT, mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": len(ranks)})
+        self.encode = self.encoding.encode_ordinary     # text -> token ids, without end-of-text
+        self.end_of_text, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
+        self.fingerprint = fingerprint(name, self.vocabulary)
 
-    def encode(self, text):
-        """text -> list of token ids, without end-of-text."""
-        return self.encoding.encode_ordinary(text)
+    def encode_lists(self, lists):
+        """Lists of texts -> the same lists of token ids, on all cores."""
+        def encode_some(start):
+            return [list(map(self.encode, texts)) for texts in lists[start:start + SHARE]]
+        with ThreadPoolExecutor() as pool:
+            shares = pool.map(encode_some, range(0, len(lists), SHARE))
+            return [texts for some in shares for texts in some]
 
     def decode(self, tokens):
         """Token ids -> text; bytes that are not UTF-8 become the replacement character."""
-        return self.encoding.decode([token for token in map(int, tokens) if token != self.end_of_text])
+        return self.encoding.decode([i for i in map(int, tokens) if i != self.end_of_text])
 
     def pieces(self, tokens):
-        """Token ids -> the text that each adds; a character spread over several tokens goes to its last."""
+        """Token ids -> the text that each adds; a character of several tokens goes to its last."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return [decoder.decode(b"" if token == self.end_of_text else self.encoding.decode_single_token_bytes(token))
-                for token in map(int, tokens)]
-
-    def ranks(self):
-        """{bytes: rank} of every token but end-of-text."""
-        return {self.encoding.decode_single_token_bytes(rank): rank for rank in range(self.end_of_text)}
-
-    def vocabulary(self):
-        """The vocabulary in tiktoken's file format ('' for GPT-2's, which tiktoken brings itself)."""
-        if self.name == "gpt2":
-            return ""
-        return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks().items())
+        bytes_of = self.encoding.decode_single_token_bytes
+        return ["" if i == self.end_of_text else decoder.decode(bytes_of(i))
+                for i in map(int, tokens)]
 
     def to_dict(self):
-        return {"name": self.name, "vocabulary": self.vocabulary(), "fingerprint": self.fingerprint}
+        return {"name": self.name, "vocabulary": self.vocabulary, "fingerprint": self.fingerprint}
 
 
 def from_dict(saved):
     """The tokenizer that to_dict described."""
-    if saved["name"] == "gpt2":
-        return gpt2()
-    lines = (line.split() for line in saved["vocabulary"].splitlines())
-    tokenizer = from_ranks({base64.b64decode(token): int(rank) for token, rank in lines}, saved["name"])
+    lines = map(str.split, saved["vocabulary"].splitlines())
+    tokenizer = Tokenizer(saved["name"], {base64.b64decode(token): int(i) for token, i in lines})
     if tokenizer.fingerprint != saved["fingerprint"]:
-        raise UserError("the vocabulary does not match its fingerprint; prepare the dataset again")
+        raise UserError("a vocabulary does not match its fingerprint; prepare the dataset again")
     return tokenizer
 
 
-def gpt2():
-    """GPT-2's tokenizer; tiktoken downloads its vocabulary once."""
+def load_gpt2():
     try:
-        return Tokenizer(tiktoken.get_encoding("gpt2"), "gpt2")
+        return tiktoken.get_encoding("gpt2")
     except OSError as error:
-        raise UserError("GPT-2's vocabulary could not be downloaded by tiktoken "
-                        f"({type(error).__name__}); connect once, or point TIKTOKEN_CACHE_DIR at a folder "
-                        "that holds it, or use a vocabulary of the data's own: --tokenizer=bpe:4096") from None
-
-
-def from_ranks(ranks, name):
-    """A tokenizer from {bytes: rank}; end-of-text takes the rank after the last."""
-    return Tokenizer(tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks,
-                                       special_tokens={END_OF_TEXT: len(ranks)}), name)
+        raise UserError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): set "
+                        "TIKTOKEN_CACHE_DIR to a folder with it, or --tokenizer=bpe:4096") from None
 
 
 def make(name, texts):
     """'gpt2', or 'bpe:SIZE': a vocabulary of at most SIZE tokens trained on texts."""
     kind, _, size = name.partition(":")
     if name == "gpt2":
-        return gpt2()
-    if kind != "bpe":
-        raise UserError(f"unknown tokenizer {name!r}; choose gpt2, or bpe:SIZE")
-    if not size.isdecimal() or int(size) < 257:
-        raise UserError(f"--tokenizer={name}: write bpe:SIZE with SIZE at least 257 (256 bytes and end-of-text)")
-    return from_ranks(train_bpe(texts, int(size) - 1), name)
+        return Tokenizer(name)
+    if kind != "bpe" or not size.isdecimal() or int(size) < 257:
+        raise UserError(f"unknown tokenizer {name!r}; choose gpt2, or bpe:SIZE of at least 257")
+    return Tokenizer(name, train_bpe(texts, int(size) - 1))
 
 
 def train_bpe(texts, size):
-    """Byte-pair encoding (Sennrich et al. 2016): merge the most frequent neighbours until `size` tokens.
-
-    Returns {bytes: rank}. Ties go to the smaller pair of bytes, so the result depends on the texts alone.
-    Stops early when every word is one token.
-
-    >>> sorted(train_bpe(["low low low lot"], 258).items(), key=lambda item: item[1])[256:]
-    [(b'lo', 256), (b' lo', 257)]
+    """Byte-pair encoding (Sennrich et al. 2016): merge the most frequent neighbours, of equal ones
+    the smaller pair of bytes, until there are `size` tokens or every word is one; -> {bytes: rank}.
     """
-    counts = Counter()
+    frequency = Counter()
     for text in texts:
-        counts.update(re.findall(SPLIT, text))
-    words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in counts]
-    frequency = list(counts.values())
+        frequency.update(re.findall(SPLIT, text))
+    words = {word: [bytes([byte]) for byte in word.encode("utf-8", "replace")]
+             for word in frequency}
     ranks = {bytes([byte]): byte for byte in range(256)}
-    pair_count, where = Counter(), defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_count[pair] += frequency[index]
-            where[pair].add(index)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
-    while len(ranks) < size and heap:
+    pair_count, where, changed, heap = Counter(), defaultdict(set), set(), []
+
+    def count_pairs(word, sign):
+        for pair in zip(words[word], words[word][1:]):
+            pair_count[pair] += sign * frequency[word]
+            where[pair].add(word)
+            changed.add(pair)
+
+    for word in words:
+        count_pairs(word, +1)
+    while len(ranks) < size:
+        for pair in changed:
+            if pair_count[pair]:
+                heapq.heappush(heap, (-pair_count[pair], pair))
+        changed.clear()
+        if not heap:
+            break
         count, pair = heapq.heappop(heap)
-        if pair_count[pair] != -count:  # counted again since it was pushed
-            continue
-        token = pair[0] + pair[1]
-        ranks.setdefault(token, len(ranks))  # two pairs may spell one token
-        changed = set()
-        for index in where.pop(pair):
-            changed |= merge(words, index, pair, token, frequency[index], pair_count, where)
-        pair_count[pair] = 0
-        for other in changed:
-            if pair_count[other] > 0:
-                heapq.heappush(heap, (-pair_count[other], other))
+        if pair_count[pair] == -count:      # else it was counted again since it was pushed
+            ranks.setdefault(pair[0] + pair[1], len(ranks))     # two pairs may spell one token
+            for word in where.pop(pair):
+                count_pairs(word, -1)
+                words[word] = merge(words[word], pair)
+                count_pairs(word, +1)
     return ranks
 
 
-def merge(words, index, pair, token, frequency, pair_count, where):
-    """Replace pair by token in one word and count its pairs again; returns the pairs that changed."""
-    old, new, position = words[index], [], 0
-    while position < len(old):
-        if tuple(old[position:position + 2]) == pair:
-            new.append(token)
-            position += 2
+def merge(word, pair):
+    """A word's tokens with each such pair as one token."""
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
         else:
-            new.append(old[position])
-            position += 1
-    before, after = Counter(zip(old, old[1:])), Counter(zip(new, new[1:]))
-    for other, times in before.items():
-        pair_count[other] -= times * frequency
-    for other, times in after.items():
-        pair_count[other] += times * frequency
-        where[other].add(index)
-    words[index] = new
-    return set(before) | set(after)
+            merged.append(token)
+    return merged

@@ -1,145 +1,126 @@
-"""Best-of-N: the closed form against brute force over subsets."""
+"""Best-of-n: the closed form against brute force over subsets, and candidates from end to end."""
 import itertools
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import bon
-import data.prepare
-import dpo
-import train
+import evaluate
 from config import UserError, parse
-from conftest import quick_generator, small_run
+from data import tokenizer as tokenizers
+from data.rows import Row
+from evaluate import load_reward_model, score
 
 
-def brute_force(rewards, worth, n):
-    """Mean over all subsets of n of the worth of the best, ties split evenly."""
-    picked = []
-    for subset in itertools.combinations(range(len(rewards)), n):
-        best = max(rewards[i] for i in subset)
-        tied = [i for i in subset if rewards[i] == best]
-        picked.append(sum(worth[i] for i in tied) / len(tied))
-    return sum(picked) / len(picked)
+def brute_force(M, n, worth_of):
+    """Mean over all subsets of n of M of what worth_of makes of one."""
+    return np.mean([worth_of(subset) for subset in itertools.combinations(range(M), n)])
 
 
-@pytest.mark.parametrize("M", [1, 2, 5, 8])
-def test_the_unbiased_best_of_n_equals_brute_force_over_subsets(M):
+@pytest.mark.parametrize("M", [1, 5, 8])
+def test_best_of_n_equals_brute_force_over_subsets_and_ties_share(M):
     rng = np.random.default_rng(M)
-    rewards, worth = rng.normal(size=M), rng.integers(0, 2, M).astype(float)
+    worth = rng.integers(0, 2, M).astype(float)
+
+    def worth_of_best(subset):
+        best = max(rewards[i] for i in subset)
+        return np.mean([worth[i] for i in subset if rewards[i] == best])
+
     for n in range(1, M + 1):
-        assert bon.best_of_n(rewards, worth, n) == pytest.approx(brute_force(rewards, worth, n))
-
-
-def test_equal_rewards_share_as_in_brute_force():
-    rewards, worth = [1.0, 0.5, 1.0, 0.5, 1.0, -2.0], [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
-    for n in range(1, 7):
-        assert bon.best_of_n(rewards, worth, n) == pytest.approx(brute_force(rewards, worth, n))
-
-
-def test_the_oracle_is_pass_at_n_and_one_is_random():
-    worth = [1.0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
-    for n in range(1, 11):
-        assert bon.best_of_n(worth, worth, n) == pytest.approx(1 - math.comb(7, n) / math.comb(10, n))
-    assert bon.best_of_n(np.arange(10.0), worth, 1) == pytest.approx(0.3)
-
-
-def test_the_curve_uses_the_prompts_that_have_enough_candidates():
-    rows = bon.curve([[1.0, 2.0, 3.0], [1.0]], [[0.0, 0.0, 1.0], [1.0]])
-    assert [(row["n"], row["prompts"]) for row in rows] == [(1, 2), (2, 1)]
-    assert rows[0]["reward_model"] == rows[0]["random"] == pytest.approx((1 / 3 + 1) / 2)
-    assert rows[1]["reward_model"] == rows[1]["oracle"] == pytest.approx(2 / 3)
-    assert rows[1]["kl"] == pytest.approx(math.log(2) - 0.5)
-
-
-def test_toy_candidates_are_judged_by_gold_and_written(inside, capsys):
-    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", "--prompts=3", "--samples=4", "--json=bon.json"]))
-    results = json.loads((inside / "bon.json").read_text())
-    assert [row["n"] for row in results["curve"]] == [1, 2, 4] and results["prompts"] == 3
-    assert results["curve"][0]["reward_model"] == pytest.approx(results["curve"][0]["random"])
-    assert results["curve"][2]["oracle"] >= results["curve"][2]["reward_model"]
-
-
-def test_sampled_responses_to_real_prompts_are_worth_a_judges_reward(inside, capsys):
-    """On a dataset without a truth: best-of-n, and the policy of dpo.py, go from end to end."""
-    if not Path("data/plain/dataset.json").exists():
-        toy = data.prepare.open_dataset("toy")
-        splits = {split: [json.loads(line) for line in toy.path(split).read_text().splitlines()] for split in ("train", "val")}
-        data.prepare.write_dataset(data.prepare.dataset_folder("plain"), splits, toy.tokenizer)
-    quick_generator("plain", "out/plain-generator", 200)
-    for seed in (0, 1):
-        train.main(parse(train.TrainConfig, small_run(f"out/plain-{seed}", dataset="plain", seed=seed)))
-    settings = ["--checkpoint=out/plain-0", "--prompts=4", "--samples=4", "--max_new_tokens=130", "--json=judged.json"]
-    with pytest.raises(UserError, match="name a judge"):
-        bon.main(parse(bon.BonConfig, settings))
-    with pytest.raises(UserError, match="raise --max_new_tokens"):
-        bon.main(parse(bon.BonConfig, [*settings, "--judge=out/plain-1", "--max_new_tokens=1"]))
-    with pytest.raises(UserError, match="one thing at a time"):
-        bon.main(parse(bon.BonConfig, [*settings, "--judge=out/plain-1", "--candidates=x.jsonl"]))
-    for judge in (0, 1):
-        bon.main(parse(bon.BonConfig, [*settings, f"--judge=out/plain-{judge}"]))
-        rows = json.loads((inside / "judged.json").read_text())["curve"]
-        assert all(row["reward_model"] <= row["oracle"] + 1e-6 for row in rows) and rows[-1]["n"] <= 4
-        if judge == 0:      # judged by itself it is the oracle
-            assert all(row["reward_model"] == pytest.approx(row["oracle"]) for row in rows)
-    dpo.main(parse(dpo.DPOConfig, ["--checkpoint=out/plain-0", "--judge=out/plain-1", "--prompts=12", "--samples=4", "--steps=2",
-                                   "--held_out=3", "--answers=2", "--json=policy.json", "--out_dir=out/plain-policy"]))
-    found = json.loads((inside / "policy.json").read_text())
-    assert "gold_after" not in found and {"kl", "length_after", "distinct_after", "judge"} <= set(found)
-
-
-def test_candidates_from_a_file_with_unequal_numbers(inside, tmp_path):
-    path = tmp_path / "c.jsonl"
-    rows = [{"prompt": "How?", "responses": [{"text": " a", "correct": True}, {"text": " b", "correct": False}]},
-            {"prompt": "How?", "responses": [{"text": " word" * 300, "correct": True}, {"text": " c", "correct": True}]},
-            {"prompt": "How?", "responses": "none"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={path}", f"--json={tmp_path / 'o.json'}"]))
-    results = json.loads((tmp_path / "o.json").read_text())
-    assert (results["candidates"], results["too_long"], results["skipped"]) == (3, 1, 1)
-    with pytest.raises(UserError, match="row 3"):
-        bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={path}", "--strict=True"]))
-
-
-def test_gsm8k_real_candidates(inside, real_data, tmp_path):
-    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={real_data / 'gsm8k_model_solutions.jsonl'}",
-                                   f"--json={tmp_path / 'o.json'}"]))
-    results = json.loads((tmp_path / "o.json").read_text())
-    assert results["candidates"] + results["too_long"] == 4 * 1319 and results["skipped"] == 0
-
-
-def brute_majority(answers, worth, n):
-    """Mean over all subsets of n of the worth of the commonest answer, ties split evenly."""
-    value = {a: np.mean([w for b, w in zip(answers, worth) if a == b]) for a in answers}
-    picked = []
-    for subset in itertools.combinations(answers, n):
-        most = max(subset.count(a) for a in subset)
-        picked.append(np.mean([value[a] for a in set(subset) if subset.count(a) == most]))
-    return np.mean(picked)
+        for rewards in (rng.normal(size=M), rng.integers(0, 3, M), worth):      # the last: pass@n
+            slow = brute_force(M, n, worth_of_best)
+            assert bon.best_of_n(rewards, worth, n) == pytest.approx(slow)
 
 
 def test_the_majority_vote_equals_brute_force_and_a_sample_of_subsets_comes_near():
     answers, worth = list("aabbbcda"), [1, 1, 0, 0, 0, 0, 0, 1]
-    for n in range(1, 9):
-        expected = brute_majority(answers, worth, n)
-        assert bon.majority_of_n(answers, worth, n, None) == pytest.approx(expected)
+
+    def worth_of_vote(subset):
+        votes = [answers[i] for i in subset]
+        most = [a for a in set(votes) if votes.count(a) == max(map(votes.count, votes))]
+        return np.mean([np.mean([w for b, w in zip(answers, worth) if a == b]) for a in most])
+
+    slow = [brute_force(8, n, worth_of_vote) for n in range(1, 9)]
+    assert [bon.majority_of_n(answers, worth, n, None) for n in range(1, 9)] == pytest.approx(slow)
     sampled = bon.majority_of_n(answers, worth, 4, np.random.default_rng(0), draws=60)
-    assert sampled == pytest.approx(brute_majority(answers, worth, 4), abs=0.15)
+    assert sampled == pytest.approx(slow[3], abs=0.15)
 
 
-def test_unequal_numbers_of_candidates_answers_and_repeats(inside, tmp_path, capsys):
-    """Ragged prompts drop out at n, equal texts share, prompts all right and all wrong are counted."""
-    respond = lambda *pairs: [{"text": f" {text}", "correct": correct, "answer": text} for text, correct in pairs]
-    rows = [{"prompt": "Q1", "responses": respond(("a", True), ("b", False), ("a", True), ("c", False))},
-            {"prompt": "Q2", "responses": respond(("a", True), ("b", True))},
-            {"prompt": "Q3", "responses": respond(("a", False))}, {"prompt": "Q4", "responses": []}]
-    path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bon.main(parse(bon.BonConfig, ["--checkpoint=out/run", f"--candidates={path}", f"--json={tmp_path / 'o.json'}"]))
-    found = json.loads((tmp_path / "o.json").read_text())
-    assert [row["prompts"] for row in found["curve"]] == [3, 2, 1] and found["skipped"] == 1
-    assert (found["all_right"], found["none_right"]) == (1, 1)
-    assert found["curve"][0]["majority"] == pytest.approx((0.5 + 1 + 0) / 3) and found["curve"][2]["majority"] == 1.0
-    assert "majority" in capsys.readouterr().out
+def test_the_curve_uses_the_prompts_that_have_enough_candidates():
+    one, two = bon.curve([[1, 2, 3], [1]], [[0, 0, 1], [1]], "ab", [["x", "y", "y"], ["x"]])
+    assert [(row["n"], row["prompts"]) for row in (one, two)] == [(1, 2), (2, 1)]
+    means = [one[key] for key in ("reward_model", "random", "oracle", "majority")]
+    assert means == pytest.approx([(1 / 3 + 1) / 2] * 4)
+    assert two["reward_model"] == pytest.approx(2 / 3) == pytest.approx(two["oracle"])
+    assert two["kl_at_most"] == pytest.approx(math.log(2) - 0.5)
+    assert "majority" not in bon.curve([[1.0]] * 2, [[1.0]] * 2, "ab", [["x"], []])[0]
+
+
+def test_rows_of_one_prompt_are_one_case_of_the_interval():
+    values, names = np.random.default_rng(0).normal(size=12), [str(i) for i in range(12)]
+    once, repeated, apart = (
+        np.array(bon.interval_by_prompt(np.tile(values, times), prompts, np.random.default_rng(1)))
+        for times, prompts in ((1, names), (9, names * 9), (9, range(108))))
+    assert once[0] < values.mean() < once[1] and repeated == pytest.approx(once)
+    assert np.ptp(apart) < 0.5 * np.ptp(once)
+
+
+def test_every_candidate_has_the_reward_it_has_alone_and_equal_ones_are_read_once(tiny):
+    rng = np.random.default_rng(0)
+    prompt, some = rng.integers(50, size=3), [rng.integers(50, size=k % 7 + 1) for k in range(20)]
+    rows = [Row(prompt, tuple(responses)) for responses in (some[:1], some, some[:2] * 6, ())]
+    with mock.patch.object(evaluate, "score", side_effect=evaluate.score) as scored:
+        found = bon.final_rewards(tiny, rows)
+    assert [len(row.responses) for row in scored.call_args.args[1]] == [1, 8, 8, 4, 2]
+    assert len(set(found[2].tolist())) == 2
+    for row, rewards in zip(rows, found, strict=True):
+        alone = [score(tiny, [Row(row.prompt, (one,))])[0][0][-1] for one in row.responses]
+        assert rewards == pytest.approx(alone, abs=1e-5)
+
+
+def run(**settings):
+    settings = dict(checkpoint="out/run", json="bon.json", device="cpu") | settings
+    bon.main(parse(bon.BonConfig, [f"--{key}={value}" for key, value in settings.items()]))
+    return json.loads(Path("bon.json").read_text())
+
+
+def test_sampled_responses_that_end_are_worth_their_gold_or_a_judges_reward(inside):
+    results = run(prompts=3, samples=8)
+    first, *_, last = results["curve"]
+    assert 0 < results["candidates"] < 24 and first["n"] == 1 and first["prompts"] <= 3
+    assert first["reward_model"] == pytest.approx(first["random"]) == pytest.approx(first["oracle"])
+    assert last["oracle"] >= last["reward_model"] - 1e-9 and last["oracle"] > first["oracle"]
+    opposite = torch.load("out/run/ckpt.pt", weights_only=True)
+    opposite["model"]["score.weight"] *= -1
+    torch.save(opposite, "opposite.pt")
+    last = run(prompts=4, samples=8, judge="opposite.pt")["curve"][-1]
+    assert last["reward_model"] < last["random"] < last["oracle"]
+
+
+def test_candidates_of_a_file_may_be_unequal_in_number_wrong_or_too_long(inside):
+    texts = {"P": ["+a", "b", "+a", "c"], "Q": ["+a", "+b"], "R": ["a"], "S": [], "T": ["x " * 300]}
+    rows = [{"prompt": prompt, "responses": [
+        {"text": text, "answer": text.strip("+"), "correct": "+" in text} for text in some]}
+        for prompt, some in texts.items()]
+    Path("c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = run(candidates="c.jsonl")
+    assert [row["prompts"] for row in results["curve"]] == [3, 2, 1] and results["candidates"] == 7
+    assert results["curve"][0]["majority"] == pytest.approx((0.5 + 1 + 0) / 3)
+
+
+def test_what_does_not_fit_is_one_line(inside):
+    _, tokenizer, _ = load_reward_model("out/run", "cpu")
+    with pytest.raises(UserError, match="the judge and the reward model read different vocab"):
+        bon.check_fit("judge", tokenizers.make("bpe:300", ["words"]), tokenizer)
+    with mock.patch.object(bon, "open_dataset", return_value=mock.Mock(tokenizer=tokenizer)):
+        with pytest.raises(UserError, match="name a judge"):
+            run()
+    for settings, message in ((dict(judge="x", candidates="y"), "leave out --judge"),
+                              (dict(prompts=2, max_new_tokens=1), "raise --max_new_tokens")):
+        with pytest.raises(UserError, match=message):
+            run(**settings)

@@ -1,25 +1,35 @@
-"""Reading, checking, tokenising and batching."""
+"""Reading, checking, tokenising, writing and batching."""
 import gzip
-import importlib
 import json
 import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
-import data.prepare
 from config import UserError, parse
+from data import prepare
 from data import tokenizer as tokenizers
-from data.batches import (collate, in_length_order, load_contrasts, load_pairs, load_responses, make_row,
-                          training_indices)
-from data.pairs import contrasts, read_candidates, read_labelled, read_pairs, read_steps
+from data.dataset import dataset_folder, open_dataset, write_dataset
+from data.pairs import (parse_candidates, parse_pairs, parse_steps, read_candidate_rows, read_items,
+                        read_pair_rows, read_step_rows)
+from data.rows import Row, batch_of, in_batches, make_batch, make_targets
 
-GOOD = {"prompt": "Q?", "chosen": "yes", "rejected": "no"}
+GOOD = {"prompt": "Q\u2028?", "chosen": "yes\x85\x0b", "rejected": "no"}     # no ends of lines
 
 
-def write(path, *rows, raw=b""):
-    path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + raw)
+def write(path, *rows):
+    """Rows as JSON lines with all that a file may have: a byte order mark, CRLF, empty lines."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\r\n\n" for row in rows)
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(lines).encode())
     return path
+
+
+def messages(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts)]
 
 
 @pytest.fixture(scope="module")
@@ -27,380 +37,316 @@ def bpe():
     return tokenizers.make("bpe:300", ["the cat sat on the mat, the dog sat on the log"] * 3)
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"chosen": "a", "rejected": 3}, "rejected is not text but int"),
-    ({"prompt": "Q", "chosen": True, "rejected": "b"}, "chosen is not text but bool"),
-    ({"prompt": "Q", "rejected": "b"}, "no 'chosen'"),
-    ({"prompt": "Q", "chosen": "a"}, "no 'rejected'"),
-    ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
-    ({"prompt": "Q", "chosen": "\n", "rejected": "b"}, "chosen is empty"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "a"}, "the same"),
-    ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is missing"),
-    ({"prompt": 7, "chosen": "a", "rejected": "b"}, "prompt is not text but int"),
-    ({"prompt": "Q", "chosen": ["a", "b"], "rejected": ["c"]}, "2 chosen and 1 rejected"),
-    ({"prompt": "Q", "chosen": [], "rejected": []}, "chosen is not text but list"),
-    ({"chosen": "entirely", "rejected": "different"}, "prompt is empty"),
-    ({"prompt": [{"role": "alien", "content": "x"}], "chosen": "a", "rejected": "b"}, "known 'role'"),
-    ({"prompt": [{"role": [], "content": "x"}], "chosen": "a", "rejected": "b"}, "known 'role'"),
-    ({"prompt": [{"role": "user", "content": ""}], "chosen": "a", "rejected": "b"}, "content is empty"),
-    ([1, 2], "a list where an object"),
-    ("text", "a str where an object"),
-])
-def test_a_bad_row_is_reported_counted_and_left_out(tmp_path, capsys, row, reason):
-    path = write(tmp_path / "pairs.jsonl", GOOD, row)
-    pairs, bad = read_pairs(path)
-    assert (len(pairs), bad) == (1, 1)
-    assert "row 2" in (printed := capsys.readouterr().out) and reason in printed
-    with pytest.raises(UserError, match="row 2"):
-        read_pairs(path, strict=True)
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test's folder as the current one, so that data/ is its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_broken_json_is_a_bad_row_and_only_the_first_few_are_shown(tmp_path, capsys):
-    path = write(tmp_path / "pairs.jsonl", GOOD, raw=b'{"prompt": "Q", "cho\n' * 9)
-    pairs, bad = read_pairs(path)
-    assert (len(pairs), bad) == (1, 9)
-    assert (printed := capsys.readouterr().out).count("broken JSON") == 5 and "4 more bad rows" in printed
+def run(*rows, **settings):
+    """Prepare a file of rows; -> its training and its held-out part, decoded, and the Dataset"""
+    settings = {"tokenizer": "bpe:300", "val_share": 0.3} | settings
+    if rows:
+        settings["input"] = write(Path("x.jsonl"), *rows)
+    prepare.main(parse(prepare.PrepareConfig, [f"--{k}={v}" for k, v in settings.items()]))
+    dataset = open_dataset(settings.get("name") or settings["source"])
+    decode = dataset.tokenizer.decode
+    parts = ([(decode(row.prompt), *map(decode, row.responses)) for row in dataset.split(split)]
+             for split in ("train", "val"))
+    return *parts, dataset
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"\xff\xfe{}", "not UTF-8"), (b"not json\n", "no JSON lines"), (b"", "no JSON lines"),
-    (b'{"prompt": "Q"}\n', "no usable row"),
-])
-def test_a_file_that_is_no_pair_file_is_one_clear_error(tmp_path, content, message):
-    (tmp_path / "x.jsonl").write_bytes(content)
+GOOD_ROWS = {parse_pairs: GOOD,
+             parse_candidates: {"prompt": "Q", "responses": [{"text": "", "correct": 0.5}]},
+             parse_steps: {"prompt": "Q", "steps": ["a", "b"], "first_error": 1}}
+BAD_ROWS = [    # what a good row is changed by, and the reason that is given
+    (parse_pairs, {"rejected": 3}, "rejected is not text but int"),
+    (parse_pairs, {"chosen": None}, "chosen is missing"),
+    (parse_pairs, {"prompt": " "}, "prompt is empty"),
+    (parse_pairs, {"chosen": "no"}, "the same"),
+    (parse_pairs, {"prompt": [{"role": [], "content": "x"}]}, "known 'role'"),
+    (parse_pairs, {"prompt": messages("x"), "chosen": messages("y")}, "one assistant message"),
+    (parse_candidates, {"responses": []}, "no 'responses'"),
+    (parse_candidates, {"responses": [{"text": "a", "correct": float("nan")}]}, "finite"),
+    (parse_candidates, {"completion": "a", "label": "yes"}, "'correct' or 'label'"),
+    (parse_steps, {"steps": ["a", " "]}, "no 'steps'"),
+    (parse_steps, {"first_error": 2}, "from -1 to 1")]
+
+
+@pytest.mark.parametrize("parse_row, changes, reason", BAD_ROWS)
+def test_a_bad_row_is_reported_counted_and_left_out(tmp_path, capsys, parse_row, changes, reason):
+    good, left_out = GOOD_ROWS[parse_row], Counter()
+    path = write(tmp_path / "x.jsonl", good, *[good | changes] * 9)
+    assert list(read_items(path, parse_row, left_out=left_out)) == parse_row(good)
+    printed = capsys.readouterr().out
+    assert "row 3: " in printed and reason in printed and list(left_out.values()) == [9]
+    assert printed.count("left out") == 5       # the others are only counted
+    assert list(read_items(path, parse_row)) == parse_row(good) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.jsonl", b"\xff\xfe{}", "cannot be read .*utf-8"), ("x.jsonl", b"", "no usable row"),
+    ("x.jsonl", b'{"prompt": "Q"}\n[1]\n"x"\n{"pro\n' + b"[" * 100_000, "no usable row .5 bad"),
+    ("x.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 50)[:-20], "cannot be read"),
+    ("x.jsonl", None, "No such file"), (".", None, "directory")])
+def test_a_file_that_is_no_pair_file_is_one_clear_error(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_pairs(tmp_path / "x.jsonl")
+        list(read_items(tmp_path / name, parse_pairs))
 
 
-def test_missing_file_folder_and_damaged_gzip(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        read_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="a folder"):
-        read_pairs(tmp_path)
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_pairs(tmp_path / "x.jsonl.gz")
+def test_the_four_forms_of_a_pair_are_the_same_pair():
+    user, pair = messages("Hi?")[0], ("\n\nHuman: Hi?\n\nAssistant:", (" Hello.", " Go."))
+    said = {"chosen": messages("Hi?", "Hello.")[1:], "rejected": messages("Hi?", "Go.")[1:]}
+    forms = [{"prompt": pair[0], "chosen": pair[1][0], "rejected": pair[1][1]},
+             {"chosen": pair[0] + pair[1][0], "rejected": pair[0] + pair[1][1]},
+             {"prompt": [user], **said}, {name: [user] + reply for name, reply in said.items()}]
+    assert [parse_pairs(form)[0][:2] for form in forms] == [pair] * 4
+    plain = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go."}
+    assert parse_pairs(plain, as_dialogue=True) == parse_pairs(forms[0], as_dialogue=True)
+    assert parse_pairs({"chosen": "2 + 2 is four", "rejected": "2 + 2 is fish"})[0][:2] == (
+        "2 + 2 is", (" four", " fish"))     # cut between words
+    labelled, = parse_candidates({"prompt": [user], "completion": said["chosen"], "label": False})
+    assert labelled[:3] == (pair[0], pair[1][:1], (0.0,))
 
 
-def test_line_separators_inside_texts_and_crlf_line_ends_read_correctly(tmp_path):
-    row = {"prompt": "a\u2028b", "chosen": "c\u0085d\x0b", "rejected": "e\u2029"}
-    line = json.dumps(row, ensure_ascii=False).encode()
-    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r\n")
-    pairs, bad = read_pairs(tmp_path / "x.jsonl")
-    assert bad == 0 and len(pairs) == 2
-    assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == ("a\u2028b", "c\u0085d\x0b", "e\u2029")
+def test_rows_of_a_file_have_cut_prompts_and_what_does_not_fit_is_counted(tmp_path, bpe, capsys):
+    path = write(tmp_path / "x.jsonl", GOOD, GOOD | {"chosen": "the cat " * 50}, {"prompt": "Q"})
+    (_,), _, left_out = read_pair_rows(path, bpe, 9)
+    assert left_out == 2 and "1 (a response longer than 8 tokens)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing is left of .*longer than 2"):
+        read_pair_rows(path, bpe, 3)
+    texts = {"prompt": "the cat", "responses": [
+        {"text": " the" * count, "correct": count} for count in (3, 0)]}
+    _, (row,), _ = read_candidate_rows(write(path, texts), bpe, 5)
+    assert [len(part) for part in (row.prompt, *row.responses)] == [1, 4, 1]    # end-of-text
+    _, (row,), (ends,) = read_step_rows(write(path, GOOD_ROWS[parse_steps]), bpe, 64, True)
+    assert [bpe.decode(row.responses[0][:end + 1]) for end in ends] == [" a\n", " a\nb"]
 
 
-def test_the_four_forms_of_a_pair_are_the_same_pair(tmp_path):
-    user = [{"role": "user", "content": "Hi?"}]
-    said = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "Hello."), ("rejected", "Go."))}
-    forms = [
-        {"prompt": "\n\nHuman: Hi?\n\nAssistant:", "chosen": " Hello.", "rejected": " Go."},
-        {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go."},
-        {"prompt": user, **said},
-        {name: user + reply for name, reply in said.items()},
-    ]
-    pairs, bad = read_pairs(write(tmp_path / "x.jsonl", *forms))
-    assert bad == 0 and len(set(pairs)) == 1
-    assert pairs[0].prompt + pairs[0].chosen == "\n\nHuman: Hi?\n\nAssistant: Hello."
+def test_bpe_round_trips_any_text_and_pieces_put_a_character_at_its_last_token(bpe):
+    texts = ["the cat \u2028 s\u00e4t \U0001f600!", "naïve café ²½ ‿_x 𝔘𝔫𝔦", "a\r\n\t  c",
+             "'twas she'll", "<|endoftext|>", "\ud800 lone"] * 100
+    for text, (tokens,) in zip(texts, bpe.encode_lists([[text] for text in texts])):
+        plain = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert tokens == bpe.encode(text) and bpe.end_of_text not in tokens
+        assert bpe.decode(tokens) == plain == "".join(bpe.pieces(tokens))
+    pieces = bpe.pieces(bpe.encode(texts[0]) + [bpe.end_of_text])
+    assert "" in pieces[:-1] and "\U0001f600" in pieces and pieces[-1] == ""
+    saved = json.loads(json.dumps(bpe.to_dict()))
+    assert tokenizers.from_dict(saved).encode(texts[0]) == bpe.encode(texts[0])
+    with pytest.raises(UserError, match="fingerprint"):
+        tokenizers.from_dict(saved | {"fingerprint": "0" * 64})
 
 
-def test_an_implicit_prompt_is_cut_between_words(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"chosen": "2 + 2 is four", "rejected": "2 + 2 is fish"})
-    assert read_pairs(path)[0][0].prompt == "2 + 2 is"
-
-
-def test_lists_of_three_become_nine_pairs_with_their_cells(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"prompt": "Q", "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"], "domain": "chat"})
-    cells = {pair.cell: (pair.chosen, pair.rejected) for pair in read_pairs(path)[0]}
-    assert cells == {(i, j): (a, x) for i, a in enumerate("abc") for j, x in enumerate("xyz")}
-    assert {pair.subset for pair in read_pairs(path)[0]} == {"chat"}
-
-
-@pytest.mark.parametrize("row, reason", [
-    ({"prompt": "Q", "steps": [], "first_error": -1}, "no 'steps'"), ({"prompt": "Q", "steps": ["a", " "], "first_error": 0}, "no 'steps'"),
-    ({"prompt": "Q", "steps": ["a"], "first_error": 1}, "from -1 to 0"), ({"prompt": "Q", "steps": ["a"]}, "first_error"),
-    ({"prompt": "Q", "steps": ["a"], "first_error": True}, "first_error"), ({"steps": ["a"], "first_error": 0}, "prompt is missing"),
-])
-def test_bad_steps_are_reported(tmp_path, capsys, row, reason):
-    found, bad = read_steps(write(tmp_path / "x.jsonl", {"prompt": "Q", "steps": ["a", "b"], "first_error": 1}, row))
-    assert bad == 1 and (found[0].steps, found[0].first_error) == (("a", "b"), 1) and reason in capsys.readouterr().out
-
-
-def test_candidates_are_checked(tmp_path, capsys):
-    rows = [{"prompt": "Q", "responses": [{"text": "a", "correct": True}, {"text": "b", "correct": 0.5}]},
-            {"prompt": "Q", "responses": []}, {"prompt": "Q", "responses": [{"text": "a"}]},
-            {"prompt": "Q", "responses": [{"text": 3, "correct": True}]}, {"prompt": "", "responses": [{"text": "a", "correct": 1}]},
-            {"prompt": "Q", "responses": [{"text": "a", "correct": float("nan")}]},
-            {"prompt": "Q", "responses": [{"text": "a", "correct": 10 ** 400}]}]
-    candidates, bad = read_candidates(write(tmp_path / "x.jsonl", *rows))
-    assert bad == 6 and candidates[0].correct == (1.0, 0.5)
-
-
-def test_bpe_round_trips_any_text(bpe):
-    for text in ("the cat", "naïve café ²½ ‿_x 𝔘𝔫𝔦", "a\u2028b\r\n\t  c", "<|endoftext|>", "'twas she'll", "\ud800 lone"):
-        tokens = bpe.encode(text)
-        assert bpe.end_of_text not in tokens
-        assert bpe.decode(tokens) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def test_bpe_merges_the_most_frequent_neighbours_first(bpe):
-    assert len(bpe.encode(" the")) == 1 and bpe.vocab_size <= 300
-    slow, words = [], [list(map(chr, word.encode())) for word in [" sat"] * 6 + [" the"] * 9 + ["the"] * 3]
+def test_bpe_merges_the_most_frequent_neighbours_first():
+    texts = [" sat"] * 6 + [" the"] * 9 + ["the"] * 3
+    slow, words = [], [list(map(chr, word.encode())) for word in texts]
     for _ in range(3):   # a slow twin: count all neighbours again for every merge
-        counts = {}
-        for word in words:
-            for pair in zip(word, word[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         slow.append("".join(best))
         for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
+            for i in range(len(word) - 2, -1, -1):
+                if tuple(word[i:i + 2]) == best:
                     word[i:i + 2] = ["".join(best)]
-                i += 1
-    ranks = tokenizers.train_bpe([" sat"] * 6 + [" the"] * 9 + ["the"] * 3, 259)
-    assert [token.decode() for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if rank >= 256] == slow
+    ranks = tokenizers.train_bpe(texts, 259)
+    assert [token.decode() for token in sorted(ranks, key=ranks.get)[256:]] == slow
 
 
-def test_pieces_put_a_character_of_several_tokens_at_its_last(bpe):
-    text = "the cat \u2028 s\u00e4t \U0001f600!"
-    tokens = bpe.encode(text)
-    pieces = bpe.pieces(tokens + [bpe.end_of_text])
-    assert "".join(pieces) == text and len(pieces) == len(tokens) + 1 and "" in pieces and pieces[-1] == ""
+def test_gpt2_without_a_network_and_unknown_tokenizers_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", mock.Mock(side_effect=ConnectionError))
+    for name, message in (("gpt2", "--tokenizer=bpe:4096"), ("words", "257"), ("bpe:12", "257")):
+        with pytest.raises(UserError, match=message):
+            tokenizers.make(name, [])
 
 
-def test_a_tokenizer_travels_as_a_dictionary_and_a_changed_one_is_refused(bpe):
-    saved = bpe.to_dict()
-    assert tokenizers.from_dict(saved).encode("the cat sat") == bpe.encode("the cat sat")
-    with pytest.raises(UserError, match="fingerprint"):
-        tokenizers.from_dict(dict(saved, fingerprint="0" * 64))
+ROWS = [("train", "the cat sat on the mat", " no", " on the log, the log"),
+        ("val", "the dog", " a cat", None), ("train", "the dog sat", None, " on the mat, the dog")]
 
 
-def test_gpt2_without_a_network_says_what_to_do(monkeypatch):
-    def refuse(name):
-        raise ConnectionError("no network")
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", refuse)
-    with pytest.raises(UserError, match="--tokenizer=bpe:4096"):
-        tokenizers.make("gpt2", [])
-    with pytest.raises(UserError, match="unknown tokenizer"):
-        tokenizers.make("words", [])
-    with pytest.raises(UserError, match="at least 257"):
-        tokenizers.make("bpe:12", [])
+def test_what_is_written_is_read_back_and_the_arrays_are_plain_npy_files(here, bpe):
+    write_dataset(dataset_folder("mine"), ROWS * 3000, ("train", "val"), bpe, 64)
+    split = open_dataset("mine").split("train")
+    slow = [part for _, prompt, *sides in ROWS[::2] for part in (
+        bpe.encode(prompt), *([*bpe.encode(text), bpe.end_of_text] if text else []
+                              for text in sides))] * 3000
+    tokens, lengths = (np.load(f"data/mine/train-{name}.npy") for name in ("tokens", "lengths"))
+    assert tokens.dtype == np.uint32 and np.array_equal(tokens, np.concatenate(slow))
+    assert lengths.flatten().tolist() == list(map(len, slow))
+    assert len(split.prompts()) == 2 and len(split) == 6000
+    first, last = (split.of_responses(np.arange(len(tokens)), i) for i in (0, 5999))
+    assert first[0][0] == lengths[0, 0] and last[1][-1] == len(tokens) - 1
 
 
-def test_a_long_prompt_loses_its_oldest_tokens_and_a_response_is_never_cut(bpe):
-    prompt, response = "the cat sat on the mat", " on the log"
-    whole = make_row(prompt, response, bpe, 100)
-    size = len(whole.response) + 2
-    cut = make_row(prompt, response, bpe, size)
-    assert not whole.truncated and cut.truncated and len(cut) == size
-    assert np.array_equal(cut.response, whole.response) and np.array_equal(cut.prompt, whole.prompt[-2:])
-    assert whole.response[-1] == bpe.end_of_text
-    assert make_row(prompt, response, bpe, len(whole.response)) is None
+def test_a_long_prompt_loses_its_oldest_tokens_for_both_and_a_response_is_never_cut(here, bpe):
+    prompt, *sides = (bpe.encode(text) for text in ROWS[0][1:])
+    for room in (len(prompt), 2, 0):
+        rows, size = [ROWS[0], ("train", "the", " cat", None)], len(sides[1]) + 1 + room
+        write_dataset(dataset_folder("mine"), rows, ["train"], bpe, size)
+        row, *others = open_dataset("mine").split("train")
+        if room:    # one prompt, whichever response is read
+            assert row.prompt.tolist() == prompt[-room:] and len(others) == 1
+            assert [part.tolist()[:-1] for part in row.responses] == sides
+        assert open_dataset("mine").about["left_out"] == {
+            len(prompt): {}, 2: {"the oldest tokens of a prompt": 1},
+            0: {f"a response longer than {size - 1} tokens": 1}}[room]
 
 
-def test_pairs_too_long_for_the_context_are_counted(tmp_path, bpe, capsys):
-    path = write(tmp_path / "x.jsonl", GOOD, dict(GOOD, chosen="the cat " * 50), {"prompt": "Q"})
-    data = load_pairs(path, bpe, 30)
-    assert len(data.rows) == 1 and data.skipped == 2
-    assert "left out 1 bad rows and 1 with a response longer" in capsys.readouterr().out
-    with pytest.raises(UserError, match="none of its pairs fits"):
-        load_pairs(path, bpe, 3)
+def test_a_failure_touches_no_dataset_that_is_there(here, bpe):
+    folder, splits = dataset_folder("mine"), ("train", "val")
+    write_dataset(folder, ROWS, splits, bpe, 64)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for target in (folder, dataset_folder("new")):
+        with pytest.raises(UserError, match="nothing is left for val; left out: 1 .a response"):
+            write_dataset(target, [ROWS[0], ("val", "Q", "cat" * 99, None)], splits, bpe, 64)
+        with pytest.raises(ZeroDivisionError):
+            write_dataset(target, (1 / 0 for _ in "x"), splits, bpe, 64)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in (here / "data").iterdir()] == ["mine"]
 
 
-def test_a_batch_marks_response_tokens_and_puts_each_probability_on_its_link(bpe):
-    rows = [make_row("the cat", " sat", bpe, 50), make_row("the dog on", " the log mat", bpe, 50)]
-    probs = [np.linspace(0.1, 0.9, len(row.response), dtype=np.float32) for row in rows]
-    batch = collate(rows, probs)
-    for i, row in enumerate(rows):
-        assert batch.mask[i].nonzero().flatten().tolist() == list(range(len(row.prompt), len(row)))
-        assert batch.last[i] == len(row) - 1
-        assert np.array_equal(batch.probs[i][batch.mask[i, 1:]], probs[i])
-    assert batch.probs[~batch.mask[:, 1:]].abs().sum() == 0
+def test_a_damaged_an_old_and_an_unknown_dataset_are_one_line(here, bpe):
+    write_dataset(dataset_folder("mine"), ROWS, ("train", "val"), bpe, 64)
+    path, dataset = here / "data/mine/train-tokens.npy", open_dataset("mine")
+    np.save(path, np.load(path)[1:])
+    with pytest.raises(UserError, match="belongs to other tokens"):
+        dataset.split("train")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="missing or damaged"):
+        dataset.split("train")
+    for about, message in (([], "damaged"), (dataset.about | {"tokenizer": {}}, "damaged"),
+                           (dataset.about | {"layout": 1}, "another edition.*data/prepare.py")):
+        (here / "data/mine/dataset.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=message):
+            open_dataset("mine")
+    with pytest.raises(UserError, match="data/toy/prepare.py --name=toy-1"):
+        open_dataset("toy-1")
+
+
+def test_any_jsonl_becomes_a_dataset_with_no_prompt_in_both_parts(here):
+    rows = [dict(GOOD, prompt=f"Question {i // 2}?", chosen=f"yes {i}") for i in range(80)]
+    train, val, dataset = run(*rows, {"prompt": "Q"}, name="mine")
+    assert sorted(train + val) == sorted(tuple(row.values()) for row in rows)
+    assert not {prompt for prompt, *_ in train} & {prompt for prompt, *_ in val}
+    assert dataset.kind == "pairs" and dataset.about["left_out"] == {"chosen is missing": 1}
+    train, val, _ = run(*rows, name="mine", every=3)
+    assert sorted(train + val) == sorted(tuple(row.values()) for row in rows[::3])
+
+
+def test_labelled_rows_have_one_side_and_pairs_among_them_are_refused(here):
+    rows = [{"prompt": f"Q{i}", "completion": f"a{i}", "label": i % 2} for i in range(60)]
+    train, val, dataset = run(*rows, name="mine")
+    assert dataset.kind == "labels" and sorted(train + val) == sorted(
+        (f"Q{i}", f"a{i}", "") if i % 2 else (f"Q{i}", "", f"a{i}") for i in range(60))
+    assert not (here / "data/mine/candidates.jsonl").exists()
+    with pytest.raises(UserError, match="not both"):
+        run(*rows, GOOD, name="mine")
+
+
+def test_candidates_become_labelled_responses_and_the_held_out_ones_stay_for_best_of_n(here):
+    answers = {"x\nA: $1,200": "1200", "A: 3\nA: 4 dogs": "4 dogs", "no line": "none"}
+    texts, correct = tuple(answers), (1.0, 0.0, 1.0)
+    plain = {"responses": [{"text": text, "correct": c} for text, c in zip(texts, correct)]}
+    raw = {text: {"solution": text, "is_correct": c} for text, c in zip(texts, correct)}
+    rows = [raw | {"question": f"{i}+1?", "ground_truth": "2"} for i in range(20)]  # GSM8K's form
+    rows += [plain | {"prompt": f"{i}-1?"} for i in range(20)]
+    bad = [{"text": " ", "correct": True}, {"text": "half", "correct": 0.5}]
+    rows.append({"prompt": "Q", "responses": bad})
+    train, val, dataset = run(*rows, source="gsm8k", val_share=0)
+    assert dataset.about["val_share"] == 0.2 and list(dataset.about["left_out"].values()) == [2]
+    assert sorted(train + val) == sorted(
+        (f"{i}{sign}1?", text, "") if c else (f"{i}{sign}1?", "", text)
+        for i in range(20) for sign in "+-" for text, c in zip(texts, correct))
+    held_out, path = {prompt for prompt, *_ in val}, here / "data/gsm8k/candidates.jsonl"
+    kept, _, _ = read_candidate_rows(path, dataset.tokenizer, 64)
+    assert {item.prompt for item in kept} - {"Q"} == held_out - {prompt for prompt, *_ in train}
+    assert {item[1:4] for item in kept[:-1]} == {(texts, correct, tuple(answers.values()))}
+    run(*(dict(GOOD, prompt=f"Question {i}?") for i in range(40)), name="gsm8k")
+    assert open_dataset("gsm8k").kind == "pairs" and not path.exists()
+
+
+def test_benchmarks_are_kept_as_they_are_and_lists_of_three_are_nine_pairs(here, bpe):
+    row = {"prompt": "q", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"]}
+    prepare.main(prepare.PrepareConfig(source="rm_bench", input=write(here / "x.jsonl", row)))
+    path = here / "data/rm_bench/test.jsonl"
+    found, rows, _ = read_pair_rows(path, bpe, 64, as_dialogue=True)
+    assert json.loads(path.read_text()) == row
+    assert bpe.decode(rows[0].prompt) == found[0].prompt == "\n\nHuman: q\n\nAssistant:"
+    assert {item.cell: item.responses for item in found} == {
+        (i, j): (" a" + "a" * i, " b" + "b" * j) for i in range(3) for j in range(3)}
+    row |= {"subset": "x", "meta": {"domain": "safety"}}
+    assert {item.subset for item in parse_pairs(row)} == {"safety"}
+
+
+def test_hh_rlhf_and_unified_feedback_rows_are_two_dialogues_with_one_prompt(here):
+    text = "\n\nHuman: q {}\n\nAssistant:"
+    rows = [{"chosen": text.format(i) + " good", "rejected": text.format(i) + " bad"}
+            for i in range(30)]
+    bad = [{"chosen": text.format(1) + " y", "rejected": text.format(2) + " n"}, {"chosen": "x"}]
+    train, val, dataset = run(*rows, *bad, source="hh_rlhf")
+    assert sorted(train + val) == sorted((text.format(i), " good", " bad") for i in range(30))
+    assert list(dataset.about["left_out"].values()) == [2]      # they part before the last reply
+    rows = [{"conv_A": messages(f"q {i}", "good"), "conv_B": messages(f"q {i}", "bad"),
+             "conv_A_rating": float(i % 3), "conv_B_rating": 1.0} for i in range(60)]
+    train, val, dataset = run(*rows, {"conv_A": []}, source="unified_feedback", every=2)
+    assert sorted(train + val) == sorted(       # equal ratings are dropped first
+        (text.format(i), " good", " bad") if i % 3 else (text.format(i), " bad", " good")
+        for i in [i for i in range(60) if i % 3 != 1][::2])
+    assert list(dataset.about["left_out"]) == ["conv_A_rating or conv_B_rating is missing"]
+
+
+@pytest.mark.parametrize("settings, message", [
+    *[({"source": name}, "--input=FILE") for name in prepare.SOURCES],
+    ({"name": "mine"}, "--source=NAME"), ({"source": "other"}, "choose one of: hh_rlhf"),
+    ({"name": "../x", "input": "x"}, "one folder"), ({"input": "x", "val_share": 1.5}, "at most 1"),
+    ({"name": "x", "input": "nowhere.jsonl"}, "No such file")])
+def test_a_wrong_setting_and_a_hub_out_of_reach_are_one_line(here, monkeypatch, settings, message):
+    monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
+    with pytest.raises(UserError, match=message):
+        run(**settings)
+
+
+def some_rows(seed, most, sides):
+    rng = np.random.default_rng(seed)
+    return [Row(rng.integers(1, 50, rng.integers(1, most)),
+                tuple(rng.integers(1, 50, rng.integers(1, most)) for _ in range(sides)))
+            for _ in range(9)]
+
+
+@pytest.mark.parametrize("sides", [1, 2, 3])
+def test_the_groups_of_a_batch_hold_every_token_once_and_places_find_them(sides):
+    rows = some_rows(sides, 12, sides)
+    batch = make_batch(rows, likelihoods=None)
+    joined = torch.cat([group.tokens.flatten() for group in batch.groups])
+    every = np.concatenate([part for row in rows for part in (row.prompt, *row.responses)])
+    assert sorted(joined[joined > 0].tolist()) == sorted(every)
+    responses = [row.responses[side] for side in range(sides) for row in rows]
+    assert batch.lengths.tolist() == batch.owners.bincount().tolist() == list(map(len, responses))
+    before = [part for side in range(sides) for row in rows
+              for part in (row.prompt[-1:], row.responses[side][:-1])]
+    assert joined[batch.sources].tolist() == np.concatenate(before).tolist()
+    for found in (batch.targets, joined[batch.places[batch.mask]]):
+        assert found.tolist() == np.concatenate(responses).tolist()
+    assert make_batch(rows, 3).owners.unique().tolist() == [0, 1, 2]
+    one_side = Row(np.array([7]), (np.array([], int), np.array([4, 5])))
+    assert make_batch([one_side]).groups[0].segments is None     # the causal mask is enough
+
+
+def test_targets_put_each_probability_on_its_link_and_an_empty_side_nowhere():
+    mask, links = make_targets([[np.array([.1, .2, .3]), np.array([.4])], [[], np.array([.5, .6])]])
+    assert mask.int().tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert links.numpy() == pytest.approx(np.array([[.2, .3], [0, 0], [0, 0], [.6, 0]]))
 
 
 def test_every_row_is_evaluated_once_and_every_pair_is_trained_on_once_an_epoch():
-    rows = [range(n) for n in (5, 1, 9, 3, 3, 7, 2)]
-    assert sorted(i for part in in_length_order(rows, 3) for i in part) == list(range(7))
-    drawn = [i for step in range(7) for i in training_indices(step, 7, 3, seed=1)]
-    assert all(sorted(drawn[epoch * 7:epoch * 7 + 7]) == list(range(7)) for epoch in range(3))
-    assert training_indices(5, 7, 3, seed=1) == drawn[15:18] != training_indices(5, 7, 3, seed=2)
-
-
-def test_any_jsonl_becomes_a_dataset_with_no_prompt_in_both_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    source = write(tmp_path / "mine.jsonl", *[dict(GOOD, prompt=f"Question {i // 2}?", chosen=f"yes {i}") for i in range(80)])
-    data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=mine", f"--input={source}", "--tokenizer=bpe:300",
-                                                         "--val_share=0.25"]))
-    dataset = data.prepare.open_dataset("mine")
-    folder = dataset.folder
-    prompts = {split: {pair.prompt for pair in read_pairs(dataset.path(split))[0]} for split in ("train", "val")}
-    assert dataset.kind == "pairs" and prompts["train"] and prompts["val"] and not prompts["train"] & prompts["val"]
-    assert not list(folder.glob(".prepare*")) and not list(folder.glob(".dataset*"))
-
-
-CANDIDATES = [{"prompt": f"Question {i}?", "responses": [{"text": f"yes {j}", "correct": j < i % 3} for j in range(3)]}
-              for i in range(40)]
-
-
-def test_candidates_become_labelled_responses_split_by_prompt_and_the_rest_goes_to_best_of_n(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    source = write(tmp_path / "mine.jsonl", *CANDIDATES)
-    data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=mine", f"--input={source}", "--tokenizer=bpe:300",
-                                                         "--val_share=0.25"]))
-    dataset = data.prepare.open_dataset("mine")
-    train, val = (read_labelled(dataset.path(split))[0] for split in ("train", "val"))
-    held_out, _ = read_candidates(dataset.path("candidates"))
-    assert dataset.kind == "labels" and len(train) + len(val) == 120
-    assert {item.prompt for item in held_out} == {item.prompt for item in val}
-    assert not {item.prompt for item in train} & {item.prompt for item in val}
-    found = load_responses(dataset, "train", 100)
-    assert len(found) == len(train) == len(found.rows) and found.chosen == sum(item.label for item in train)
-    assert found.batch_rows([found.chosen, 0, found.chosen - 1]) == ([0, found.chosen - 1, found.chosen], 2)
-    expected = sum(sum(item.correct) * (3 - sum(item.correct)) for item in held_out)
-    assert len(load_contrasts(dataset, "val", 100).rows) == expected == len(contrasts(val))
-    # the written labelled rows are a form of input themselves
-    data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=again", f"--input={dataset.path('train')}", "--tokenizer=bpe:300",
-                                                         "--val_share=0.5"]))
-    assert data.prepare.open_dataset("again").kind == "labels"
-    with pytest.raises(UserError, match="correct or not"):
-        CANDIDATES[0]["responses"][0]["correct"], kept = 0.5, CANDIDATES[0]["responses"][0]["correct"]
-        source = write(tmp_path / "graded.jsonl", *CANDIDATES)
-        CANDIDATES[0]["responses"][0]["correct"] = kept
-        data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=graded", f"--input={source}", "--tokenizer=bpe:300"]))
-
-
-@pytest.mark.parametrize("row, reason", [
-    ({"prompt": "Q", "completion": "a"}, "no 'label'"), ({"prompt": "Q", "completion": "a", "label": "yes"}, "no 'label'"),
-    ({"prompt": "Q", "completion": "a", "label": 2}, "no 'label'"), ({"prompt": "Q", "label": True}, "completion is missing"),
-    ({"completion": "a", "label": True}, "prompt is missing"), ({"prompt": "Q", "completion": " ", "label": 1}, "is empty"),
-])
-def test_a_bad_labelled_row_is_reported(tmp_path, capsys, row, reason):
-    path = write(tmp_path / "x.jsonl", {"prompt": "Q", "completion": "a", "label": 1}, row)
-    found, bad = read_labelled(path)
-    assert (len(found), bad, found[0].label) == (1, 1, True) and reason in capsys.readouterr().out
-
-
-def test_messages_are_labelled_responses_too(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"prompt": [{"role": "user", "content": "hi"}],
-                                        "completion": [{"role": "assistant", "content": "yes"}], "label": False})
-    item, = read_labelled(path)[0]
-    assert (item.prompt, item.completion, item.label) == ("\n\nHuman: hi\n\nAssistant:", " yes", False)
-
-
-def test_gsm8k_rows_are_one_problem_and_its_models_solutions():
-    from data.gsm8k.prepare import parse as parse_gsm8k
-    from data.pairs import BadRow
-    row = {"question": "1+1?", "ground_truth": "2", "6b_finetuning": {"solution": "A: 3", "is_correct": False},
-           "175b_verification": {"solution": "A: 2", "is_correct": True}}
-    item, = parse_gsm8k(row)
-    assert (item.prompt, item.responses, item.correct, item.answers) == ("1+1?", ("A: 3", "A: 2"), (0.0, 1.0), ("3", "2"))
-    assert parse_gsm8k({"prompt": "1+1?", "responses": [{"text": "A: 2", "correct": True}]})[0].correct == (1.0,)
-    from data.gsm8k.prepare import final_answer
-    assert [final_answer(text) for text in ("x\nA: $1,200", "A: 3\nA: 4 dogs", "no line")] == ["1200", "4 dogs", "none"]
-    with pytest.raises(BadRow, match="none of 6b_finetuning"):
-        parse_gsm8k({"question": "1+1?"})
-    with pytest.raises(BadRow, match="without 'correct'"):
-        parse_gsm8k(dict(row, **{"6b_finetuning": {"solution": "A: 3"}}))
-
-
-def test_gsm8k_real_file(real_data):
-    from data.gsm8k.prepare import parse as parse_gsm8k
-    from data.pairs import read_rows
-    found, bad = read_rows(real_data / "gsm8k_model_solutions.jsonl", parse_gsm8k, strict=False)
-    assert len(found) + bad == 1319 and sum(sum(item.correct) for item in found) / sum(len(item.correct) for item in found) \
-        == pytest.approx(0.3793, abs=1e-3)
-
-
-def conversation(*texts):
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts)]
-
-
-def test_unified_feedback_drops_equal_ratings_first_and_then_keeps_every_so_many(tmp_path, monkeypatch):
-    from data.unified_feedback import prepare as unified
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    rows = [{"id": i, "source": "s", "conv_A": conversation(f"question {i}", f"good {i}"), "conv_B": conversation(f"question {i}", f"bad {i}"),
-             "conv_A_rating": float(i % 3), "conv_B_rating": 1.0} for i in range(60)]
-    source = write(tmp_path / "rows.jsonl", *rows, {"conv_A": [], "conv_B": []})
-    unified.main(parse(unified.UnifiedConfig, [f"--input={source}", "--every=2", "--tokenizer=bpe:300", "--val_share=0.3"]))
-    dataset = data.prepare.open_dataset("unified_feedback")
-    pairs = [pair for split in ("train", "val") for pair in read_pairs(dataset.path(split))[0]]
-    unequal = [i for i in range(60) if i % 3 != 1]
-    assert sorted(int(pair.id) for pair in pairs) == unequal[::2]
-    for pair in pairs:
-        i = int(pair.id)
-        assert pair.prompt == f"\n\nHuman: question {i}\n\nAssistant:" and pair.subset == "s"
-        assert pair.chosen == (f" good {i}" if i % 3 == 2 else f" bad {i}")
-
-
-def test_skywork_rows_are_two_conversations_with_a_common_start(tmp_path, monkeypatch):
-    from data.skywork import prepare as skywork
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    rows = [{"chosen": conversation("hi", "hello", f"q{i}", "yes"), "rejected": conversation("hi", "hello", f"q{i}", "no"), "source": "magpie"}
-            for i in range(30)]
-    skywork.main(parse(skywork.SkyworkConfig, [f"--input={write(tmp_path / 'rows.jsonl', *rows)}", "--tokenizer=bpe:300", "--val_share=0.3"]))
-    pair = read_pairs(data.prepare.open_dataset("skywork").path("train"))[0][0]
-    assert pair.prompt.startswith("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: q") and (pair.chosen, pair.rejected) == (" yes", " no")
-
-
-def test_benchmarks_are_checked_and_kept_as_they_are(tmp_path, monkeypatch, capsys):
-    from data.rewardbench import prepare as rewardbench
-    from data.rm_bench import prepare as rm_bench
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    pair = {"id": 1, "prompt": "q", "chosen": "a", "rejected": "b", "subset": "alpacaeval-easy"}
-    styles = {"id": 1, "prompt": "q", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"], "domain": "chat"}
-    for module, name, row, count in ((rewardbench, "rewardbench", pair, 1), (rm_bench, "rm_bench", styles, 9)):
-        source = write(tmp_path / f"{name}.jsonl", row)
-        module.main(parse(module.BenchmarkConfig, [f"--input={source}"]))
-        found, _ = read_pairs(tmp_path / "data" / name / "test.jsonl", as_dialogue=True)
-        assert len(found) == count and found[0].prompt == "\n\nHuman: q\n\nAssistant:" and f"{count} pairs" in capsys.readouterr().out
-        assert found[0].subset == row.get("subset", row.get("domain"))
-
-
-@pytest.mark.parametrize("name", ["hh_rlhf", "unified_feedback", "skywork", "rewardbench", "rm_bench"])
-def test_a_hub_that_cannot_be_reached_says_what_to_do(name, monkeypatch):
-    script = importlib.import_module(f"data.{name}.prepare")
-    settings = next(value for key, value in vars(script).items() if key.endswith("Config"))
-    monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
-    with pytest.raises(UserError, match="could not be downloaded .*--input=FILE"):
-        script.main(settings())
-
-
-def test_the_name_of_a_dataset_with_its_own_prepare_py_is_refused(tmp_path):
-    with pytest.raises(UserError, match="data/toy/prepare.py"):
-        data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=toy", "--input=x"]))
-    with pytest.raises(UserError, match="--input=FILE"):
-        data.prepare.main(parse(data.prepare.PrepareConfig, ["--name=mine"]))
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden"])
-def test_a_dataset_name_that_is_no_folder_name_is_refused(name):
-    with pytest.raises(UserError, match="one folder"):
-        data.prepare.open_dataset(name)
-
-
-def test_an_unknown_dataset_says_how_to_make_it():
-    with pytest.raises(UserError, match="python data/prepare.py --name=nowhere"):
-        data.prepare.open_dataset("nowhere")
-
-
-def test_hh_rlhf_dialogues_are_cut_before_the_last_reply(tmp_path):
-    from data.hh_rlhf.prepare import parse as parse_hh
-    from data.pairs import BadRow
-    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    pair, = parse_hh({"chosen": text + " yes", "rejected": text + " no"})
-    assert (pair.prompt, pair.chosen, pair.rejected) == (text, " yes", " no")
-    with pytest.raises(BadRow, match="part before"):
-        parse_hh({"chosen": text + " yes", "rejected": text.replace("c", "d") + " no"})
-    with pytest.raises(BadRow, match="missing"):
-        parse_hh({"chosen": text})
-
-
-def test_hh_rlhf_real_file(real_data):
-    from data.hh_rlhf.prepare import parse as parse_hh
-    from data.pairs import read_rows
-    pairs, bad = read_rows(real_data / "raw" / "hh_harmless_base_test.jsonl.gz", parse_hh, strict=False)
-    known = {(pair.prompt, pair.chosen, pair.rejected) for pair in read_pairs(real_data / "hh_harmless_base_test.jsonl")[0]}
-    assert len(pairs) + bad == 2312 and {(pair.prompt, pair.chosen, pair.rejected) for pair in pairs} == known
+    rows = some_rows(5, 30, 2)
+    batches = in_batches(rows, tokens=150)
+    assert sorted(sum(batches, [])) == list(range(9)) and len(batches) > 1
+    assert all(len(some) * max(rows[i].size for i in some) <= 150 for some in batches)
+    drawn = [i for step in range(7) for i in batch_of(step, 7, 3, seed=1)]
+    epochs = [drawn[k:k + 7] for k in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert batch_of(5, 7, 3, seed=1) == drawn[15:18] != batch_of(5, 7, 3, seed=2)

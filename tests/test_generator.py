@@ -1,118 +1,145 @@
-"""The generator: its probabilities, their cache, and sampling."""
+"""The generator: its probabilities, written once, and sampling."""
+import json
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from config import UserError
-from data.batches import Row, load_pairs, pack, pair_rows
-from data.prepare import open_dataset
-from data.toy.world import World
-from generator import (GeneratorConfig, draw, length_normalised_nll, load_generator, response_probs, sample, sampling_probs,
-                       stored_probs, train_generator)
+import generator
+from config import UserError, fingerprint, load_checkpoint
+from conftest import quick_generator
+from data.dataset import open_array, open_dataset
+from generator import draw, load_generator, sample, sample_responses
 from model import LanguageModel, ModelConfig
 
 
 @pytest.fixture
 def trained(inside):
     model, tokenizer = load_generator("out/toy-generator", "cpu")
-    return model, tokenizer, pair_rows(load_pairs(open_dataset("toy").path("train"), tokenizer, 160).rows)
+    return model, tokenizer, open_dataset("toy").split("train")
 
 
-def test_cached_p_equals_live_p_one_row_at_a_time(trained, tmp_path):
-    model, _, rows = trained
-    stored = stored_probs(model, rows[:12], tmp_path)
-    for row, p in zip(rows, stored):
-        tokens = torch.from_numpy(np.concatenate([row.prompt, row.response])).long()
-        logits = model.lm_head(model.transformer(tokens[None])[0])
-        live = logits.softmax(-1)[:-1].gather(1, tokens[1:, None])[len(row.prompt) - 1:, 0]
-        assert p.dtype == np.float32 and np.allclose(p, live.numpy(), atol=1e-5)
+def kill_after(function, calls):
+    """The function, until it is interrupted at a call (train.update in the middle of a run)."""
+    left = iter(range(calls))
+
+    def wrapped(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+    return wrapped
 
 
-def test_p_at_a_temperature_and_top_p_is_that_of_the_sampler(trained, tmp_path):
-    """Written from the definition: probabilities sharpened, the smallest set that holds top_p kept and scaled to 1."""
-    model, _, rows = trained
-    found = response_probs(model, rows[:6], temperature=0.7, top_p=0.8)
-    for row, p in zip(rows, found):
-        tokens = torch.from_numpy(np.concatenate([row.prompt, row.response])).long()
-        logits = model.lm_head(model.transformer(tokens[None])[0])
-        for t, (token, value) in enumerate(zip(row.response.tolist(), p), start=len(row.prompt) - 1):
-            sharpened = ((logits[t] / 0.7).double().softmax(0)).tolist()
-            kept, total = [], 0.0
-            for word in sorted(range(len(sharpened)), key=lambda word: -sharpened[word]):
-                if total >= 0.8:
-                    break
-                kept.append(word)
-                total += sharpened[word]
-            assert value == pytest.approx(sharpened[token] / total if token in kept else 0.0, abs=1e-5)
-    plain = stored_probs(model, rows[:6], tmp_path)
-    assert not np.allclose(np.concatenate(plain), np.concatenate(stored_probs(model, rows[:6], tmp_path, 0.7, 0.8)))
-    assert len(list(tmp_path.iterdir())) == 2
-    assert torch.allclose(sampling_probs(torch.zeros(1, 4), 1.0, 1.0), torch.full((1, 4), 0.25))
+# The probabilities ------------------------------------------------------------------------------
+
+def naive_p(logits, token, top_p):
+    """From the definition: the smallest set that holds top_p is kept and scaled to 1."""
+    probs, kept, total = logits.double().softmax(0), [], 0.0
+    for word in probs.argsort(descending=True).tolist():
+        if total < top_p:
+            kept.append(word)
+            total += probs[word].item()
+    return probs[token].item() / total if token in kept else 0.0
 
 
-def test_a_cache_is_found_again_by_its_key_alone(trained, tmp_path):
-    model, _, rows = trained
-    first = stored_probs(model, rows[:4], tmp_path)
-    path, = tmp_path.iterdir()
-    before = path.stat().st_mtime_ns
-    assert all(np.array_equal(a, b) for a, b in zip(first, stored_probs(model, rows[:4], tmp_path)))
-    assert path.stat().st_mtime_ns == before
-    assert sum(len(row.response) for row in rows[:4]) * 4 <= path.stat().st_size < sum(len(row.response) for row in rows[:4]) * 4 + 3000
-
-    other_rows = [rows[1], rows[0], *rows[2:4]]
-    joined = [Row(np.concatenate([rows[0].prompt, rows[0].response[:1]]), rows[0].response[1:], False), *rows[1:4]]
-    weights = LanguageModel(model.transformer.config)
-    for other_model, some in ((model, other_rows), (model, joined), (weights, rows[:4])):
-        count = len(list(tmp_path.iterdir()))
-        stored_probs(other_model, some, tmp_path)
-        assert len(list(tmp_path.iterdir())) == count + 1
-
-
-def test_a_cache_that_does_not_fit_its_key_is_refused(trained, tmp_path):
-    model, _, rows = trained
-    stored_probs(model, rows[:4], tmp_path)
-    path, = tmp_path.iterdir()
-    saved = torch.load(path, weights_only=True)
-    for damaged in (dict(saved, key="0" * 64), dict(saved, probs=saved["probs"][:-1])):
-        torch.save(damaged, path)
-        with pytest.raises(UserError, match="does not belong"):
-            stored_probs(model, rows[:4], tmp_path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="cut short"):
-        stored_probs(model, rows[:4], tmp_path)
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+def test_p_stands_beside_the_tokens_and_is_the_samplers(trained, tmp_path, temperature, top_p):
+    """And that of each response read alone."""
+    model, _, split = trained
+    settings = {"temperature": temperature, "top_p": top_p}
+    generator.write_p(model, split, tmp_path, settings, window=7)
+    p = open_array(tmp_path / "p.npy", len(split.tokens))
+    mean = pytest.approx(p.sum() / split.lengths[:, 1:].sum())
+    about = json.loads((tmp_path / "p.json").read_text())
+    assert about == settings | {"fingerprint": fingerprint(p), "mean": mean}
+    for i in range(4):
+        prompt, responses = split[i]
+        assert not p[split.starts[i]:][:len(prompt)].any()
+        for response, found in zip(responses, split.of_responses(p, i)):
+            tokens = torch.tensor([*prompt.tolist(), *response.tolist()])
+            hidden = model.model(tokens[None], torch.arange(len(tokens))[None])[0]
+            logits = model.lm_head(hidden)[len(prompt) - 1:-1] / temperature
+            expected = [naive_p(*pair, top_p) for pair in zip(logits, tokens[len(prompt):])]
+            assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_each_response_is_normalised_by_its_own_length():
-    rows = [Row(np.array([1]), np.array([2, 3]), False), Row(np.array([4, 5]), np.array([6]), False)]
-    logprobs = torch.tensor([-1.0, -3.0, -2.0])
-    assert length_normalised_nll(logprobs, pack(rows), 2).item() == pytest.approx((4 / 2 + 2 / 1) / 2)
+# Runs -------------------------------------------------------------------------------------------
+
+def test_a_killed_generator_goes_on_to_the_same_bits(inside):
+    settings = dict(steps=6, batch_size=4, warmup=2)
+    with mock.patch.multiple(generator, SAVE_EVERY=2, LOG_EVERY=1):
+        quick_generator("toy", "out/g-whole", **settings)
+        with mock.patch.object(generator, "update", kill_after(generator.update, 3)):
+            with pytest.raises(KeyboardInterrupt):
+                quick_generator("toy", "out/g-killed", **settings)
+        with pytest.raises(UserError, match="unfinished"):
+            load_generator("out/g-killed", "cpu")
+        with pytest.raises(UserError, match="--batch_size=4, not 5"):
+            quick_generator("toy", "out/g-killed", **dict(settings, batch_size=5), resume=True)
+        quick_generator("toy", "out/g-killed", **settings, resume=True)
+    for name in ("p.npy", "log.jsonl"):
+        whole, killed = (Path(f"out/g-{end}/{name}").read_bytes() for end in ("whole", "killed"))
+        assert whole == killed
 
 
-def test_sampling_with_a_cache_equals_sampling_without(trained):
-    """The same random numbers give the same tokens as reading the whole prefix again for every token."""
-    model, tokenizer, rows = trained
-    prompt = torch.from_numpy(rows[0].prompt).long()[None]
-    fast = sample(model, prompt, 3, tokenizer.end_of_text, torch.Generator().manual_seed(5), max_new_tokens=25)
+def test_a_mistake_keeps_the_generator_and_a_loss_that_is_not_finite_the_checkpoint(inside):
+    quick_generator("toy", "out/g-again", steps=1)
+    for more in (dict(dtype="float8"), dict(top_p=0.0), dict(init_from="out")):
+        with pytest.raises(UserError):
+            quick_generator("toy", "out/g-again", **more)
+    losses = iter([1.0, 1.0, float("nan")])
+
+    def poison(logprobs, *arguments):
+        return logprobs.mean() * next(losses)
+    with mock.patch.multiple(generator, length_normalised_nll=poison, SAVE_EVERY=1):
+        with pytest.raises(UserError, match="not finite at step 3"):
+            quick_generator("toy", "out/g-again", steps=9)
+    steps = [load_checkpoint(f"out/g-again{end}", "generator")["step"] for end in (".previous", "")]
+    assert steps == [1, 2]
+
+
+# Sampling ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0, 1.0)])
+def test_sampling_with_a_cache_equals_sampling_without(trained, temperature, top_p):
+    """The same random numbers give the same tokens as reading the whole prefix again every time."""
+    model, tokenizer, split = trained
+    prompt, end = torch.tensor(split[0].prompt.astype(np.int64))[None], tokenizer.end_of_text
+    fast = sample(model, prompt, 3, end, torch.Generator().manual_seed(5), 25, temperature, top_p)
     rng, tokens = torch.Generator().manual_seed(5), prompt.repeat(3, 1)
     done = torch.zeros(3, dtype=torch.bool)
     for _ in range(fast.size(2)):
-        token = draw(model.lm_head(model.transformer(tokens)[:, -1]), rng, 1.0, 1.0)
-        token = torch.where(done, tokenizer.end_of_text, token)
-        done |= token == tokenizer.end_of_text
+        positions = torch.arange(tokens.size(1)).expand(3, -1)
+        token = draw(model.lm_head(model.model(tokens, positions)[:, -1]), rng, temperature, top_p)
+        token = torch.where(done, end, token)
+        done |= token == end
         tokens = torch.cat([tokens, token[:, None]], 1)
     assert torch.equal(tokens[:, prompt.size(1):], fast[0])
 
 
-def test_samples_follow_the_probabilities():
+@pytest.mark.parametrize("rows", [4, 256])
+def test_responses_to_prompts_of_any_length_come_in_their_order(trained, rows):
+    """Greedy, so that each is the one that its prompt has alone, up to the end."""
+    model, tokenizer, split = trained
+    prompts = [split[i].prompt[:n].astype(np.int64) for i, n in enumerate((5, 3, 5, 4, 5))]
+    end = tokenizer.end_of_text
+    found = sample_responses(model, prompts, 2, end, None, 30, temperature=0, rows=rows)
+    for prompt, responses in zip(prompts, found, strict=True):
+        alone = sample(model, torch.from_numpy(prompt)[None], 1, end, None, 30, 0)[0, 0].tolist()
+        until_end = alone[:alone.index(end) + 1] if end in alone else alone
+        assert [response.tolist() for response in responses] == [until_end] * 2
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.7, [0.625, 0.375, 0, 0]),
+    (0.5, 1.0, [0.685, 0.247, 0.062, 0.007]), (0, 1.0, [1.0, 0, 0, 0])])
+def test_samples_follow_the_probabilities(temperature, top_p, expected):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(20000, 1)
-    rng = torch.Generator().manual_seed(0)
-    share = lambda tokens: torch.bincount(tokens, minlength=4) / len(tokens)
-    assert torch.allclose(share(draw(logits, rng, 1.0, 1.0)), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
-    assert torch.allclose(share(draw(logits, rng, 1.0, 0.7)), torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.02)
-    squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert torch.allclose(share(draw(logits, rng, 0.5, 1.0)), squared / squared.sum(), atol=0.02)
-    assert (draw(logits, rng, 0, 1.0) == 0).all()
+    tokens = draw(logits, torch.Generator().manual_seed(0), temperature, top_p)
+    found = torch.bincount(tokens, minlength=4) / len(tokens)
+    assert found.tolist() == pytest.approx(expected, abs=0.015)
 
 
 def test_sampling_stops_at_the_context_and_refuses_a_prompt_that_fills_it():
@@ -121,45 +148,3 @@ def test_sampling_stops_at_the_context_and_refuses_a_prompt_that_fills_it():
     assert sample(model, torch.ones(2, 5, dtype=torch.long), 4, 19, rng).shape[2] <= 3
     with pytest.raises(UserError, match="fills the context"):
         sample(model, torch.ones(1, 8, dtype=torch.long), 4, 19, rng)
-
-
-def test_a_killed_generator_continues_to_the_same_bits(inside, tmp_path):
-    settings = dict(n_layer=1, n_head=2, n_embd=16, steps=6, batch_size=4, save_interval=2, warmup=2, device="cpu")
-    whole = train_generator(GeneratorConfig(out_dir=str(tmp_path / "whole"), **settings))
-    import generator
-    from unittest import mock
-    with mock.patch.object(generator, "update", side_effect=kill_after(generator.update, 3)):
-        with pytest.raises(KeyboardInterrupt):
-            train_generator(GeneratorConfig(out_dir=str(tmp_path / "killed"), **settings))
-    with pytest.raises(UserError, match="unfinished"):
-        load_generator(tmp_path / "killed", "cpu")
-    continued = train_generator(GeneratorConfig(out_dir=str(tmp_path / "killed"), recompute=True, **settings))
-    assert continued.transformer.recompute      # less memory from here on, and nothing else
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), continued.state_dict().values()))
-    with pytest.raises(UserError, match="--n_embd=16, not 32"):
-        train_generator(GeneratorConfig(out_dir=str(tmp_path / "killed"), **dict(settings, n_embd=32)))
-
-
-def kill_after(function, calls):
-    def wrapped(*arguments):
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise KeyboardInterrupt
-        return function(*arguments)
-    return wrapped
-
-
-@pytest.mark.slow
-def test_p_agrees_with_the_worlds_exact_probability_on_held_out_text(tmp_path, monkeypatch):
-    import data.prepare
-    from data.toy.prepare import ToyConfig, prepare
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    prepare(ToyConfig(test=100))
-    model = train_generator(GeneratorConfig(out_dir=str(tmp_path / "generator")))
-    tokenizer = open_dataset("toy").tokenizer
-    rows = pair_rows(load_pairs(open_dataset("toy").path("val"), tokenizer, 160).rows)
-    exact = [[p for p, *_ in World().trace(row.response.tolist(), tokenizer.encode, tokenizer.end_of_text)] for row in rows]
-    difference = np.abs(np.concatenate(exact) - np.concatenate(response_probs(model, rows)))
-    print(f"mean |p - exact p| = {difference.mean():.4f} over {len(difference)} held-out tokens")
-    assert difference.mean() < 0.05

@@ -1,72 +1,104 @@
-"""The page: self-contained, escaped, and complete."""
+"""The page and the picture: self-contained, escaped, complete, and coloured by what tokens did."""
 import json
 import re
-from html.parser import HTMLParser
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 import report
+import train
+from bon import BonConfig
 from config import UserError, parse
+from conftest import quick_generator, small_run
+from data import tokenizer as tokenizers
+from data.dataset import dataset_folder, open_dataset, write_dataset
 
 
 def make(*arguments):
-    report.main(parse(report.ReportConfig, list(arguments)))
+    report.main(parse(report.ReportConfig, ["--device=cpu", *arguments]))
 
 
-class Page(HTMLParser):
-    """Collects the tags, the text, and which tags were not closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.open = [], "", []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+def read(path):
+    """The elements of a page or picture, [(tag, element)]; what is not closed or escaped fails."""
+    return [(part.tag.rpartition("}")[2], part) for part in ElementTree.parse(path).iter()]
 
 
-def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, tmp_path):
-    make("--checkpoint=out/run", f"--out={tmp_path / 'r.html'}", "--count=2")
-    text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not page.open and "Best of n" in page.text and "Calibration error" in page.text and "exact value" in page.text and "worth what it seems" in page.text
-    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object"}
-    assert not re.search(r"https?:|@import|url\(", text)
-    assert sum(tag == "details" for tag, _ in page.tags) in (3, 4) and sum(tag == "polyline" for tag, _ in page.tags) > 10
-    assert all(attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg")
-    again = tmp_path / "again.html"
+def text_of(elements, **wanted):
+    return "".join(part.text or "" for _, part in elements if wanted.items() <= part.attrib.items())
+
+
+def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, tmp_path,
+                                                                       monkeypatch):
+    few = {"prompts": 4, "samples": 4}
+    monkeypatch.setattr(report, "BonConfig", lambda **settings: BonConfig(**settings | few))
+    page, again = tmp_path / "page.html", tmp_path / "again.html"
+    make("--checkpoint=out/run", f"--out={page}", "--count=2")
+    elements, source = read(page), page.read_text(encoding="utf-8")
+    for part in ("decoupled", "corr(z,V)", "Is it as sure", "worth what it seems", "Best of n"):
+        assert part in text_of(elements)
+    assert not {tag for tag, _ in elements} & {"script", "img", "link", "iframe", "object"}
+    assert not re.search(r"@import|url\(", source) and "prefers-color-scheme: dark" in source
+    assert set(re.findall(r"https?://[^\"]*", source)) == {"http://www.w3.org/2000/svg"}    # a name
+    pairs = sum(tag == "details" for tag, _ in elements)
+    labels = [part.get("aria-label") for tag, part in elements if tag == "svg"]
+    assert pairs in (3, 4) and len(labels) == 3 + 4 * pairs and all(labels)
     make("--checkpoint=out/run", f"--out={again}", "--count=2")
-    assert again.read_text(encoding="utf-8") == text
+    assert again.read_text(encoding="utf-8") == source
+
+
+def test_best_of_n_that_bon_wrote_is_drawn_as_it_stands(inside, tmp_path):
+    row = {"n": 1, "low": 1, "high": 3, "reward_model": 2, "random": 0, "oracle": 8}
+    (tmp_path / "bon.json").write_text(json.dumps({"curve": [row, row | {"n": 2, "oracle": 9}]}))
+    make("--checkpoint=out/run", f"--bon={tmp_path / 'bon.json'}", f"--out={tmp_path / 'r.html'}")
+    text = text_of(read(tmp_path / "r.html"))
+    assert "9.00" in text and "worth of the response" in text
+
+
+def test_a_picture_shows_the_words_and_what_each_did_under_every_model(inside, tmp_path):
+    make("--checkpoint=out/run,out/run", f"--svg={tmp_path / 'p.svg'}", "--response=5")
+    elements, dataset = read(tmp_path / "p.svg"), open_dataset("toy")
+    split = dataset.split("val")
+    response = split[2].responses[1]
+    words = text_of(elements, **{"class": "word"})
+    assert words == dataset.tokenizer.decode(response).replace(" ", "") + "⏎"
+    cells = [(part.get("class"), part.get("fill-opacity"))
+             for tag, part in elements if tag == "rect"]
+    first, second, exact = cells[0::3], cells[1::3], cells[2::3]
+    assert first == second != exact and len(exact) == len(response)
+    assert int(elements[0][1].get("width")) <= 900
+    V = split.of_responses(dataset.array("val", "exact-value"), 2)[1].tolist()
+    steps = [V[t] - V[t - 1] if t else 0.0 for t in range(len(V))]
+    for step, (sign, strength) in zip(steps, exact):
+        assert sign == ("up" if step > 0 else "down")
+        assert float(strength) == pytest.approx(abs(step) / max(map(abs, steps)), abs=0.006)
+
+
+def test_a_response_without_any_step_and_letters_of_double_width_are_drawn(tmp_path):
+    drawn = report.strips(["a", "", " 漢字", ""], [("r", np.zeros(4))], width=90)
+    (tmp_path / "p.svg").write_text(drawn, encoding="utf-8")
+    cells = [part.attrib for tag, part in read(tmp_path / "p.svg") if tag == "rect"]
+    assert [float(cell["width"]) / report.CELL for cell in cells] == [1, 0, 5, 2]
+    assert {cell["fill-opacity"] for cell in cells} == {"0.00"}
 
 
 def test_markup_in_the_data_is_text_on_the_page(inside, tmp_path):
-    row = {"prompt": "<em>Q</em> & \"quoted\"", "chosen": " <script>alert(1)</script>", "rejected": " a</span></p><img src=x>",
-           "id": "<i>1", "subset": "<u>"}
-    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
-    make("--checkpoint=out/run", f"--data={tmp_path / 'p.jsonl'}", f"--out={tmp_path / 'r.html'}")
-    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert not page.open and not {tag for tag, _ in page.tags} & {"script", "img", "em", "u"}
-    for part in (row["prompt"], "<script>alert(1)</script>", "a</span></p><img src=x>", "<i>1", "<u>"):
-        assert part in page.text
-
-
-def test_the_scale_goes_from_blue_over_white_to_orange():
-    assert [report.colour(z) for z in (0.0, 0.5, 1.0)] == ["#6baed6", "#f7f7f7", "#fdae61"]
+    prompt, *sides = "<em>Q</em> & \"q\"", " <script>alert(1)</script>", " a</svg><img src=x>"
+    rows = [(split, prompt, *sides) for split in ("train", "val") for _ in range(8)]
+    write_dataset(dataset_folder("markup"), rows, ("train", "val"),
+                  tokenizers.make("bpe:257", []), block_size=80)
+    quick_generator("markup", "out/markup-generator", steps=2)
+    train.main(small_run("out/markup", dataset="markup", steps=2))
+    make("--checkpoint=out/markup", f"--out={tmp_path / 'r.html'}")
+    elements = read(tmp_path / "r.html")
+    assert not {tag for tag, _ in elements} & {"script", "img", "em"}
+    assert prompt in text_of(elements)
+    words = text_of(elements, **{"class": "word"})
+    assert "<script>alert(1)</script>" in words and "a</svg><imgsrc=x>" in words
 
 
 def test_errors_are_one_line(inside, tmp_path):
     with pytest.raises(UserError, match="name a reward model"):
         make()
-    with pytest.raises(UserError, match="no such file"):
-        make("--checkpoint=out/run", "--data=nowhere.jsonl")
+    with pytest.raises(UserError, match="--response must be at least 0 and at most 39"):
+        make("--checkpoint=out/run", f"--svg={tmp_path / 'p.svg'}", "--response=40")

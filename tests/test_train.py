@@ -7,321 +7,284 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import data.prepare
+import config
 import train
-from config import UserError, load_checkpoint, parse
+from config import UserError, load_checkpoint
 from conftest import quick_generator, small_run
-from data.batches import Row, collate, pack
-from data.toy.prepare import ToyConfig
-from data.toy.prepare import prepare as prepare_toy
-from generator import length_normalised_nll
-from model import ModelConfig, RewardModel, make_optimizer, scale_gradient, update
-from parallel import part_of_batch
+from data.dataset import dataset_folder, open_dataset, write_dataset
+from data.rows import batch_of
+from evaluate import load_reward_model, score
+from generator import load_generator
+from model import RewardModel, update
 from regularizer import icrm
 from test_generator import kill_after
 
+ROOT = Path(train.__file__).parent
+
 
 def run(out_dir, **more):
-    train.main(parse(train.TrainConfig, small_run(out_dir, **more)))
+    train.main(small_run(out_dir, **more))
+
+
+def command(out_dir, **more):
+    """The arguments of `python train.py` for the same run."""
+    settings = vars(small_run(out_dir, **more)).items()
+    return [str(ROOT / "train.py"), *(f"--{key}={value}" for key, value in settings if value != "")]
+
+
+def execute(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
-def random_rows(count, rng=None):
-    rng = rng or torch.Generator().manual_seed(0)
-    draw = lambda low, high: torch.randint(0, 49, (int(torch.randint(low, high, (), generator=rng)),), generator=rng).int().numpy()
-    return [Row(draw(2, 5), draw(3, 10), False) for _ in range(count)]
+def results_of(folder):
+    return json.loads(Path(folder, "eval.json").read_text())["splits"]
 
 
-def test_bradley_terry_reads_the_last_token():
-    rewards = torch.tensor([[9.0, 1.0, 9.0], [9.0, 9.0, 3.0], [9.0, 0.0, 9.0], [2.5, 9.0, 9.0]])
-    loss, margins = train.bradley_terry(rewards, torch.tensor([1, 2, 1, 0]))
-    assert margins.tolist() == [1.0, 0.5]
-    assert loss.item() == pytest.approx(-(F.logsigmoid(torch.tensor(1.0)) + F.logsigmoid(torch.tensor(0.5))).item() / 2)
-
-
-def test_the_pointwise_loss_is_the_cross_entropy_of_the_label_at_the_last_token():
-    rewards = torch.tensor([[9.0, 1.5, 9.0], [9.0, 9.0, -0.5], [2.0, 9.0, 9.0]])
-    loss, margins = train.label_cross_entropy(rewards, torch.tensor([1, 2, 0]), correct=2)
-    expected = F.binary_cross_entropy_with_logits(torch.tensor([1.5, -0.5, 2.0]), torch.tensor([1.0, 1.0, 0.0]))
-    assert loss.item() == pytest.approx(expected.item()) and margins.tolist() == [1.5, -0.5, -2.0]
-
-
-def test_scaled_gradient_keeps_the_value():
-    x = torch.randn(5, requires_grad=True)
-    y = scale_gradient(x, 0.001)
-    assert torch.allclose(y, x)
-    y.sum().backward()
-    assert torch.allclose(x.grad, torch.full((5,), 0.001))
-
-
-def test_the_language_model_loss_reaches_the_trunk_a_thousandth_and_its_head_in_full(tiny):
-    packed = pack(random_rows(4), 2)
-    gradients = {}
-    for share in (1.0, 0.001):
-        tiny.model.zero_grad()
-        length_normalised_nll(tiny.model(packed, share)[1], packed, 2).backward()
-        gradients[share] = {name: p.grad.clone() for name, p in tiny.model.named_parameters() if p.grad is not None}
-    tiny.model.zero_grad()
-    for name, full in gradients[1.0].items():
-        expected = full if name == "lm_head.weight" else full * 0.001
-        assert torch.allclose(gradients[0.001][name], expected, rtol=1e-3, atol=1e-9), name
-    assert "score.weight" not in gradients[1.0]
-
-
-def test_the_language_model_loss_reads_the_chosen_rows_alone(tiny):
-    rows = random_rows(4)
-    packed = pack(rows, 2)
-    slow = []
-    for row in rows[:2]:
-        tokens = torch.tensor([*row.prompt.tolist(), *row.response.tolist()])
-        logprobs = tiny.model.lm_head(tiny.model.transformer(tokens[None]))[0].log_softmax(-1)
-        steps = range(len(row.prompt) - 1, len(row) - 1)
-        slow.append(-sum(logprobs[t, tokens[t + 1]] for t in steps) / len(steps))
-    loss = length_normalised_nll(tiny.model(packed, 1.0)[1], packed, 2)
-    assert loss.item() == pytest.approx((sum(slow) / 2).item(), rel=1e-5)
-
-
-def test_a_pairs_loss_and_rewards_never_depend_on_its_batch_mates(tiny):
-    rows = random_rows(8)
-    whole, rewards = collate(rows), tiny.model(pack(rows))[0]
-    for i in range(4):
-        two = [rows[i], rows[i + 4]]
-        alone, pair = collate(two), tiny.model(pack(two))[0]
-        assert torch.allclose(pair[alone.mask], rewards[[i, i + 4]][whole.mask[[i, i + 4]]], atol=1e-5)
-        assert icrm(pair, alone.probs + 0.5, alone.mask)[0].item() == pytest.approx(
-            icrm(rewards[[i, i + 4]], whole.probs[[i, i + 4]] + 0.5, whole.mask[[i, i + 4]])[0].item(), rel=1e-5)
-
-
-def test_eight_pairs_are_overfitted_to_100_percent_in_seconds():
-    torch.manual_seed(0)
-    model = RewardModel(ModelConfig(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=32))
-    optimizer = make_optimizer(model, 1e-2, 0.0)
-    batch, packed = collate(random_rows(16)), pack(random_rows(16))
-    for _ in range(60):
-        rewards, _ = model(packed)
-        bt, margins = train.bradley_terry(rewards, batch.last)
-        penalty, scale = icrm(rewards, torch.full_like(batch.probs, 0.8), batch.mask)
-        (bt + 0.3 * penalty / scale).backward()
-        update(model, optimizer, 1e-2, 1.0)
-    assert (margins > 0).all() and bt < 0.05
-
-
-def test_a_run_logs_every_term_and_writes_its_results(inside):
-    records = log_of(inside / "out" / "run")
-    assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
-    assert {"loss", "outcome", "reg", "lm", "accuracy", "margin", "grad_norm", "learning_rate", "S"} <= set(records[0])
-    assert "eval_accuracy" in records[2] and "eval_accuracy" in records[5]
-    for r in records:
-        assert r["loss"] == pytest.approx(r["lm"] + 0.5 * r["reg"] + 0.5 * r["outcome"], rel=1e-5)
-    results = json.loads((inside / "out" / "run" / "eval.json").read_text())
-    assert set(results["splits"]) == {"val", "decoupled", "swapped", "longer"}
-    assert results["splits"]["val"]["n"] == 20
-
-
-def test_none_is_the_grm_baseline_whatever_the_weight(inside):
-    run("out/none-a", regularizer="none", reg_weight=0.3)
-    run("out/none-b", regularizer="none", reg_weight=0.9)
-    a, b = log_of(inside / "out/none-a"), log_of(inside / "out/none-b")
-    assert a == b and all(r["loss"] == pytest.approx(r["lm"] + r["outcome"], rel=1e-6) for r in a)
-
-
-@pytest.mark.parametrize("killed_at", [3, 4, 7])
-def test_a_killed_run_continues_to_the_same_bits(inside, killed_at):
-    out = f"out/killed-{killed_at}"
-    with mock.patch.object(train, "update", side_effect=kill_after(train.update, killed_at)):
-        with pytest.raises(KeyboardInterrupt):
-            run(out)
-    run(out)
-    whole, continued = load_checkpoint("out/run", "reward model"), load_checkpoint(out, "reward model")
-    assert all(torch.equal(a, continued["model"][name]) for name, a in whole["model"].items())
-    assert whole["S"] == continued["S"]
-    assert log_of(inside / "out/run") == log_of(inside / out)
-    assert json.loads((inside / out / "eval.json").read_text())["splits"] == \
-        json.loads((inside / "out/run/eval.json").read_text())["splits"]
-
-
-def test_looking_at_val_more_often_changes_nothing_in_training(inside):
-    run("out/watched", eval_interval=1)
-    a, b = load_checkpoint("out/run", "reward model"), load_checkpoint("out/watched", "reward model")
-    assert all(torch.equal(x, b["model"][name]) for name, x in a["model"].items())
-
-
-def test_a_finished_run_is_shown_again_and_another_setting_is_refused_by_name(inside, capsys):
-    before = (inside / "out/run/ckpt.pt").read_bytes()
-    run("out/run")
-    assert "decoupled" in capsys.readouterr().out
-    assert (inside / "out/run/ckpt.pt").read_bytes() == before
-    with pytest.raises(UserError, match="--learning_rate=0.001, not 0.1"):
-        run("out/run", learning_rate=0.1)
-    run("out/again", seed=1)
-    run("out/again", seed=2, overwrite=True)
-    assert load_checkpoint("out/again", "reward model")["settings"]["seed"] == 2
-
-
-def test_a_context_too_short_for_a_split_is_refused_before_training(inside):
-    with pytest.raises(UserError, match="longer.jsonl: none of its pairs fits"):
-        run("out/short", block_size=60, generator="out/short-generator")
-    assert not (inside / "out/short").exists() and not (inside / "out/short-generator").exists()
-
-
-def test_a_generator_of_another_size_is_refused(inside):
-    with pytest.raises(UserError, match="--n_embd=32, not 16"):
-        run("out/other", n_embd=16)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(inside):
-    def poison(rewards, probs, mask):
-        poison.calls += 1
-        return rewards.sum() * (float("nan") if poison.calls > 5 else 0.0), None
-    poison.calls = 0
-    with mock.patch.dict(train.REGULARIZERS, icrm=poison), pytest.raises(UserError, match="not finite at step 6"):
-        run("out/poisoned")
-    checkpoint = load_checkpoint("out/poisoned", "reward model")
-    assert checkpoint["step"] == 4 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
-
-
-def test_overwrite_deletes_nothing_before_the_new_run_begins(inside):
-    run("out/kept", seed=5)
-    before = (inside / "out/kept/ckpt.pt").read_bytes()
-    for more in (dict(dtype="float8"), dict(n_embd=16), dict(steps=0)):
-        with pytest.raises(UserError):
-            run("out/kept", **dict(more, overwrite=True))
-    assert (inside / "out/kept/ckpt.pt").read_bytes() == before
-
-
-def test_a_dataset_made_again_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.prepare, "DATA", tmp_path / "data")
-    prepare_toy(ToyConfig(train=60, test=20))
-    quick_generator("toy", "out/toy-generator")
-    run("out/first")
-    prepare_toy(ToyConfig(train=60, test=20, seed=1))
-    with pytest.raises(UserError, match="generator in out/toy-generator was trained with another data .*python generator.py"):
-        run("out/first")
-    with pytest.raises(UserError, match="--generator=out/toy-generator, not out/other"):
-        run("out/first", generator="out/other")
-
-
-@pytest.mark.parametrize("more, message", [
-    (dict(steps=0), "--steps must be at least 1, not 0"), (dict(learning_rate="nan"), "--learning_rate must be"),
-    (dict(reg_weight=1.5), "--reg_weight must be at least 0 and at most 1, not 1.5"), (dict(top_p=0), "--top_p must be above 0 and at most 1, not 0"), (dict(seed=-1), "--seed must be"),
-    (dict(device="meta"), "choose auto, cpu"),
-    (dict(regularizer="icmr"), "choose one of: none, icrm"), (dict(dataset="toys"), "no dataset 'toys'"),
-    (dict(device="cuda:99"), "cannot be used"), (dict(dtype="float8"), "unknown dtype"),
-])
-def test_unknown_values_are_one_line_errors(inside, more, message):
-    with pytest.raises(UserError, match=message):
-        run("out/bad", **more)
+def same_weights(folder, other, within=0.0):
+    first, second = (load_checkpoint(each, "reward model")["model"] for each in (folder, other))
+    return all((value - second[name]).abs().max() <= within for name, value in first.items())
 
 
 @pytest.fixture
 def labelled(inside):
-    """data/labelled: the workspace's toy pairs as responses with labels, with the toy vocabulary."""
-    toy = data.prepare.open_dataset("toy")
-    splits = {}
-    for split in ("train", "val"):
-        pairs = [json.loads(line) for line in toy.path(split).read_text().splitlines()]
-        splits[split] = [{"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
-                         for pair in pairs for key in ("chosen", "rejected")]
-    data.prepare.write_dataset(data.prepare.dataset_folder("labelled"), splits, toy.tokenizer, kind="labels")
-    quick_generator("labelled", "out/labelled-generator")
+    """data/labelled: the workspace's toy pairs as responses with labels."""
+    if not Path("data/labelled").exists():
+        toy, rows = open_dataset("toy"), []
+        for name in ("train", "val"):
+            split = toy.split(name)
+            for prompt, responses in (split[i] for i in range(len(split))):
+                prompt, first, second = map(toy.tokenizer.decode, (prompt, *responses))
+                rows += [(name, prompt, first, None), (name, prompt, None, second)]
+        write_dataset(dataset_folder("labelled"), rows, ("train", "val"), toy.tokenizer,
+                      toy.block_size, "labels")
+        quick_generator("labelled", "out/labelled-generator")
     return inside
 
 
-def test_labelled_responses_are_trained_pointwise_and_evaluated_one_by_one(labelled):
-    more = dict(dataset="labelled", generator="out/labelled-generator", temperature=0.7, top_p=0.8, learning_rate=5e-3)
-    run("out/labelled", **more)
-    results = json.loads((labelled / "out/labelled/eval.json").read_text())
-    val, pairs = results["splits"]["val"], results["splits"]["val pairs"]
-    assert results["train"]["n"] == 120 and (val["n"], val["correct"]) == (40, 20) and 0 <= val["auc"] <= 1
-    assert pairs["n"] >= 20
-    records = log_of(labelled / "out/labelled")
-    for r in records:
-        assert r["loss"] == pytest.approx(r["lm"] + 0.5 * r["reg"] + 0.5 * r["outcome"], rel=1e-5)
-    with mock.patch.object(train, "update", side_effect=kill_after(train.update, 5)):
+# The objective ----------------------------------------------------------------------------------
+
+def naive_terms(model, dataset, p, items):
+    """L_SFT, L_BT and L_reg with its scale, every response read alone from its prompt's start."""
+    split = dataset.split("train")
+    n, lm, rewards = len(items), [], torch.zeros(2 * len(items), 160)
+    mask, probs = rewards > 0, rewards[:, 1:].clone()
+    for row in range(2 * n):
+        i, side = items[row % n], row // n
+        (prompt, responses), length = split[i], int(split.lengths[i, 1 + side])
+        if length:
+            tokens = torch.tensor([*prompt.tolist(), *responses[side].tolist()])
+            hidden = model.model(tokens[None], torch.arange(len(tokens))[None])[0, len(prompt) - 1:]
+            scores = hidden[1:] @ model.score.weight[0]
+            rewards[row, :length] = scores if model.readout == "last" else 0.1 * scores.cumsum(0)
+            mask[row, :length] = True
+            probs[row, :length - 1] = torch.from_numpy(split.of_responses(p, i)[side][1:])
+            logprobs = model.lm_head(hidden[:-1]).log_softmax(1)
+            lm += [] if side else [-logprobs.gather(1, tokens[len(prompt):, None]).mean()]
+    last = torch.stack([r[m][-1] if m.any() else torch.tensor(0.0) for r, m in zip(rewards, mask)])
+    margins = last[:n] - last[n:]       # of a labelled response: its own, by its label's sign
+    return torch.stack(lm).mean(), -F.logsigmoid(margins).mean(), *icrm(rewards, probs, mask)
+
+
+@pytest.mark.parametrize("dataset, probs, readout", [
+    ("toy", "generator", "last"), ("toy", "exact", "sum"), ("labelled", "generator", "last")])
+def test_the_first_steps_gradient_is_the_objectives(labelled, dataset, probs, readout):
+    """L_SFT + lambda L_reg + (1 - lambda) L_BT; below its head L_SFT's gradient is a thousandth."""
+    taken, generator = {}, f"out/{dataset}-generator"
+
+    def capture(model, *arguments):
+        taken.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        return update(model, *arguments)
+    with mock.patch.object(train, "update", capture):
+        run("out/gradient", dataset=dataset, probs=probs, readout=readout, steps=1,
+            reg_weight=0.3, lm_weight=0.7)
+    weights, _ = load_generator(generator, "cpu")
+    torch.manual_seed(0)
+    model, data = RewardModel.from_generator(weights, readout), open_dataset(dataset)
+    p = np.load("data/toy/train-exact-p.npy" if probs == "exact" else f"{generator}/p.npy")
+    items = batch_of(0, len(data.split("train")), 8, 0)
+    lm, bt, penalty, scale = naive_terms(model, data, p, items)
+    S, (record,) = 0.95 * 0.5 + 0.05 * scale.item(), log_of("out/gradient")
+    for name, value in (("lm", lm), ("bt", bt), ("reg", penalty / S), ("S", torch.tensor(S))):
+        assert record[name] == pytest.approx(value.item(), rel=1e-5), name
+    names, parameters = zip(*model.named_parameters())
+    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                 for loss in (lm, 0.3 * penalty / S + 0.7 * bt)]
+    for name, of_lm, of_rest in zip(names, *gradients):
+        share = 0.7 if name == "lm_head.weight" else 0.7e-3
+        expected = sum(s * g for s, g in ((share, of_lm), (1, of_rest)) if g is not None)
+        assert torch.allclose(taken[name], expected, rtol=1e-3, atol=1e-7), name
+
+
+def test_lambda_is_0_for_none_whatever_the_weight(inside):
+    run("out/none-a", regularizer="none", reg_weight=0.3)
+    run("out/none-b", regularizer="none", reg_weight=0.9)
+    run("out/icrm-0", reg_weight=0.0)
+    assert log_of("out/none-a") == log_of("out/none-b")
+    assert same_weights("out/none-a", "out/none-b") and same_weights("out/none-a", "out/icrm-0")
+    assert not same_weights("out/none-a", "out/run")
+
+
+def test_eight_pairs_are_overfitted_to_100_percent(inside):
+    with mock.patch.object(train, "batch_of", return_value=list(range(8))):
+        run("out/overfitted", steps=60, learning_rate=1e-2, eval_interval=100)
+    last = log_of("out/overfitted")[-1]
+    assert last["accuracy"] == 1 and last["bt"] < 0.1
+
+
+# Runs -------------------------------------------------------------------------------------------
+
+def test_a_run_logs_every_term_and_writes_its_results(inside):
+    records, splits = log_of("out/run"), results_of("out/run")
+    assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
+    assert {"step", "bt", "reg", "lm", "accuracy", "margin", "grad_norm", "learning_rate",
+            "S"} == set(records[0])
+    assert [record["step"] for record in records if "val_accuracy" in record] == [4, 8, 12]
+    assert set(splits) == {"val", "decoupled", "swapped", "longer"} and splits["val"]["n"] == 20
+    assert splits["val"]["accuracy"] == records[-1]["val_accuracy"]
+    assert load_checkpoint("out/run", "reward model")["S"] == records[-1]["S"] != 0.5
+
+
+@pytest.mark.parametrize("killed_at", [5, 8])
+def test_a_killed_run_goes_on_to_the_same_bits(inside, killed_at):
+    out = f"out/killed-{killed_at}"
+    with mock.patch.object(train, "update", kill_after(train.update, killed_at)):
         with pytest.raises(KeyboardInterrupt):
-            run("out/labelled-killed", **more)
-    run("out/labelled-killed", **more)
-    assert log_of(labelled / "out/labelled-killed") == records
+            run(out)
+    with open(f"{out}/log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')      # a line that was being written
+    run(out, resume=True, recompute=True)
+    assert log_of(out) == log_of("out/run") and same_weights(out, "out/run")
+    assert results_of(out) == results_of("out/run")
 
 
-def test_p_may_come_from_the_world_itself_or_from_another_generator(inside, capsys):
-    run("out/exact", probs_from="exact")
-    assert "from exact; mean 0.8" in capsys.readouterr().out
-    data.prepare.prepare_rows("words", "x", data.prepare.read_pairs(data.prepare.open_dataset("toy").path("train"))[0],
-                              data.prepare.PrepareConfig(tokenizer="bpe:300"))
-    quick_generator("words", "out/words-generator")
-    run("out/words", dataset="words", generator="out/words-generator")
-    with pytest.raises(UserError, match="another vocabulary"):
-        run("out/foreign", probs_from="out/words-generator")
-    with pytest.raises(UserError, match="is for toy worlds"):
-        run("out/words-exact", dataset="words", generator="out/words-generator", probs_from="exact")
-    with pytest.raises(UserError, match="another probs"):
-        settings = load_checkpoint("out/exact", "reward model")
-        torch.save(dict(settings, inputs=dict(settings["inputs"], probs="0" * 64)), "out/exact/ckpt.pt")
-        run("out/exact", probs_from="exact")
+def test_a_second_run_keeps_the_first_as_previous_one_generation(inside, capsys):
+    for seed in (1, 2, 3):
+        run("out/again", seed=seed, steps=2)
+    assert capsys.readouterr().out.count("kept as out/again.previous") == 2
+    for end, seed in (("", 3), (".previous", 2)):
+        assert load_checkpoint(f"out/again{end}", "reward model")["settings"]["seed"] == seed
 
 
-def test_training_in_bfloat16_follows_float32(inside):
-    run("out/bf16", dtype="bfloat16")
-    assert log_of(inside / "out/bf16")[-1]["outcome"] == pytest.approx(log_of(inside / "out/run")[-1]["outcome"], abs=0.05)
+def test_resume_refuses_other_settings_data_and_p_by_name(inside):
+    def refused(message, **more):
+        with pytest.raises(UserError, match=message):
+            run("out/fixed", resume=True, **more)
+    refused("no checkpoint at out/fixed")
+    shutil.copytree("out/run", "out/fixed")
+    refused("--learning_rate=0.002, not 0.1", learning_rate=0.1)
+    refused("--probs=generator, not uniform", probs="uniform")
+    for name in ("data", "p"):
+        checkpoint = load_checkpoint("out/run", "reward model")
+        checkpoint["inputs"][name] = "of yesterday"
+        torch.save(checkpoint, "out/fixed/ckpt.pt")
+        refused(f"another {name} than there is now")
+
+
+def test_an_edited_regularizer_is_never_answered_with_an_old_result(inside, tmp_path):
+    """The student's way, as commands: edit icrm in a copy of the repository, run train.py again."""
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")):
+        target = tmp_path / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    code = (tmp_path / "regularizer.py").read_text()
+    code = code.replace("return penalty, scale\n", "return 7 * penalty, scale\n")
+    (tmp_path / "regularizer.py").write_text(code)
+    shutil.copytree("out/run", "out/student")
+    _, *settings = command("out/student")
+    done = execute(tmp_path / "train.py", *settings, "--resume=True")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: out/student holds a run with another regularizer.py")
+    done = execute(tmp_path / "train.py", *settings)
+    assert done.returncode == 0 and "kept as out/student.previous" in done.stdout, done.stderr
+    old, new = log_of("out/student.previous"), log_of("out/student")
+    assert old == log_of("out/run") and new[0]["reg"] > 5 * old[0]["reg"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(inside):
+    factors = iter([0.0] * 4 + [float("nan")] * 2)
+
+    def poison(rewards, probs, mask):
+        return rewards.sum() * next(factors), None
+    with mock.patch.dict(train.REGULARIZERS, icrm=poison):
+        with pytest.raises(UserError, match="not finite at step 6"):
+            run("out/poisoned")
+    assert load_checkpoint("out/poisoned", "reward model")["step"] == 4
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(steps=0), "--steps must be at least 1, not 0"),
+    (dict(learning_rate="nan"), "--learning_rate must be"), (dict(seed=-1), "--seed must be"),
+    (dict(reg_weight=1.5), "--reg_weight must be at least 0 and at most 1, not 1.5"),
+    (dict(regularizer="icmr"), "unknown regularizer 'icmr'; choose one of: none, icrm"),
+    (dict(probs="none"), "unknown probs"), (dict(readout="first"), "choose one of: last, mean"),
+    (dict(dtype="float8"), "unknown dtype"), (dict(device="meta"), "choose one of: auto, cpu"),
+    (dict(device="cuda:99"), "cannot be used"),
+    (dict(dataset="toys", generator="out/toy-generator"), "data/toys/dataset.json is missing"),
+    (dict(dataset="labelled", generator="out/toy-generator"), "other data than data/labelled"),
+    (dict(dataset="labelled", probs="exact"), "is known on toy worlds alone")])
+def test_a_mistake_is_one_line_and_touches_no_run(labelled, more, message):
+    Path("out/bad").mkdir(exist_ok=True)
+    Path("out/bad/log.jsonl").touch()
+    with pytest.raises(UserError, match=message):
+        run("out/bad", **more)
+    assert not Path("out/bad.previous").exists()
 
 
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(inside):
     run("out/compiled", compile=True)
-    for a, b in zip(log_of(inside / "out/run"), log_of(inside / "out/compiled")):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+    for a, b in zip(log_of("out/run"), log_of("out/compiled"), strict=True):
+        assert a["bt"] == pytest.approx(b["bt"], abs=1e-3)
 
 
-def assert_same_run(folder, other):
-    """Every logged term of every step agrees to 1e-5, the gradient's norm and S among them. (Weights need not: where a
-    gradient is 0 but for rounding, a key's bias, Adam makes a step of it.)"""
-    for a, b in zip(log_of(folder), log_of(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+def test_labels_and_the_readout_of_training_are_those_of_evaluation(labelled):
+    """The default folder is named by what is not the paper's."""
+    run("", dataset="labelled", readout="sum")
+    splits = results_of("out/labelled-icrm-sum-seed0")
+    assert (splits["val"]["n"], splits["val"]["correct"]) == (40, 20)
+    assert splits["val pairs"]["n"] >= 20
+    model, _, _ = load_reward_model("out/labelled-icrm-sum-seed0", "cpu")
+    rows = [open_dataset("toy").split("val")[0]]
+    found, model.readout = score(model, rows)[0][1], "last"
+    assert np.allclose(found, 0.1 * np.cumsum(score(model, rows)[0][1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("dataset, regularizer", [("toy", "icrm"), ("toy", "icrm_shuffled"), ("labelled", "icrm")])
-def test_a_batch_read_in_parts_gives_the_losses_of_one_read_whole(labelled, dataset, regularizer):
-    more = dict(dataset=dataset, regularizer=regularizer, generator="out/toy-generator" if dataset == "toy" else "out/labelled-generator")
-    for parts in (1, 4):
-        run(f"out/{parts}-parts", accumulate=parts, overwrite=True, **more)
-    assert_same_run(labelled / "out/1-parts", labelled / "out/4-parts")
+def test_a_missing_generator_is_made_by_its_script(inside, capfd):
+    def small(script, **settings):
+        config.run_other(script, **settings, steps=3, n_layer=1, n_head=2, n_embd=32)
+    with mock.patch.object(train, "run_other", small):
+        run("out/fresh", generator="out/fresh-generator", steps=2)
+    assert "+ python generator.py --dataset=toy" in capfd.readouterr().out
+    assert load_checkpoint("out/fresh-generator", "generator")["step"] == 3
 
 
-def test_a_pair_is_never_split_and_every_row_is_read_once():
-    for paired, chosen, rows in ((True, 6, 12), (False, 5, 12), (False, 0, 12)):
-        parts = [part_of_batch(part, 3, chosen, rows, paired) for part in range(3)]
-        assert sorted(i for some, _ in parts for i in some) == list(range(rows))
-        for some, count in parts:
-            assert all(i < chosen for i in some[:count]) and all(i >= chosen for i in some[count:])
-            assert not paired or (some[count:] == some[:count] + chosen).all()
+# Several processes ------------------------------------------------------------------------------
 
-
-def test_two_processes_give_the_losses_of_one(inside, tmp_path):
-    repository = Path(train.__file__).parent
-    for source in (*repository.glob("*.py"), *repository.glob("data/**/*.py")):
-        target = tmp_path / source.relative_to(repository)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
-    for made in ("data/toy", "out/toy-generator"):
-        shutil.copytree(made, tmp_path / made, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = subprocess.run([*command, *small_run("out/two", accumulate=2)], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("more", [
+    dict(dataset="toy"),
+    pytest.param(dict(dataset="labelled", readout="sum"), marks=pytest.mark.slow)])
+def test_two_processes_equal_one(labelled, more):
+    run("out/one", seed=3, **more)
+    done = execute("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   *command("out/two", seed=3, **more))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training took") == 1                 # the first process alone prints
-    assert_same_run(inside / "out/run", tmp_path / "out/two")
-    assert json.loads((tmp_path / "out/two/eval.json").read_text())["splits"]["val"]["n"] == 20
+    assert done.stdout.count("wrote out/two") == 1                  # the first process alone prints
+    for a, b in zip(log_of("out/one"), log_of("out/two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert same_weights("out/one", "out/two", within=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused(inside):
-    with pytest.raises(UserError, match="--batch_size=8 does not divide into 1 processes times --accumulate=3"):
-        run("out/thirds", accumulate=3)
+    with mock.patch.object(train, "Team", return_value=mock.Mock(size=3)):
+        with pytest.raises(UserError, match="--batch_size=8 does not divide by 3"):
+            run("out/thirds")

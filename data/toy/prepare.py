@@ -1,16 +1,24 @@
-"""Write the toy world's splits and its vocabulary: seconds, no network, the same bytes on every machine.
+"""Write the toy world's splits, its vocabulary and its truth: seconds, the same on every machine.
 
-    python data/toy/prepare.py
-    python data/toy/prepare.py --name=toy-1 --seed=1    # another draw, for a dataset per seed
+    python data/toy/prepare.py --name=toy-1 --seed=1    # another draw than data/toy
+
+Beside the tokens stand `exact-p` (given all before it), `exact-value` (V of the prefix that ends
+there) and `kind` (1: a remark's first token, 2: evidence's, else 0); on prompts they are 0.
 """
 import sys
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from config import choose, in_range, run_script, show
-from data.prepare import dataset_folder, open_dataset, write_dataset
+from data import tokenizer as tokenizers
+from data.dataset import Split, dataset_folder, write_dataset
 from data.toy.world import NEUTRAL, World, pairs, split_worlds
+
+KNOWN = {"exact-p": np.float32, "exact-value": np.float32, "kind": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -24,16 +32,32 @@ class ToyConfig:
     remarks: str = "usual"  # in train and val: usual, random or opposite
     late: int = 0           # clauses at the start (of six) that are always filler
     fillers: int = 24       # different filler clauses
-    vocabulary: str = ""    # a dataset whose vocabulary to take over; empty: train one
 
 
 def prepare(config):
-    world = World(fidelity=config.fidelity, remarks=config.remarks, late=config.late, fillers=config.fillers)
-    splits = {"train": list(pairs(world, config.train, f"{config.seed} train", config.noise))}
-    for name, shifted in split_worlds(world).items():
-        splits[name] = list(pairs(shifted, config.test, f"{config.seed} {name}"))
-    tokenizer = open_dataset(config.vocabulary).tokenizer if config.vocabulary else "bpe:1280"
-    write_dataset(dataset_folder(config.name), splits, tokenizer, kind="toy", world=asdict(world))
+    usual = World(fidelity=config.fidelity, remarks=config.remarks, late=config.late,
+                  fillers=config.fillers)
+    worlds = split_worlds(usual)
+    texts = {split: pairs(world, config.test, f"{config.seed} {split}")
+             for split, world in worlds.items()}
+    texts["train"] = list(pairs(usual, config.train, f"{config.seed} train", config.noise))
+    tokenizer = tokenizers.make("bpe:1280", [text for three in texts["train"] for text in three])
+    rows = ((split, *three) for split in texts for three in texts[split])
+    write_dataset(dataset_folder(config.name), rows, worlds, tokenizer, block_size=160, kind="toy",
+                  finish=partial(write_truth, worlds, tokenizer), world=asdict(usual))
+
+
+def write_truth(worlds, tokenizer, folder):
+    """Write what the worlds know of every response token as arrays beside the tokens."""
+    encode = lru_cache(maxsize=None)(tokenizer.encode)
+    for name, world in worlds.items():
+        known = []      # (exact-p, exact-value, kind) of each token
+        for prompt, responses in Split(folder, name):
+            known += [(0, 0, 0)] * len(prompt)
+            for response in responses:
+                known += world.trace(response.tolist(), encode, tokenizer.end_of_text)
+        for (what, dtype), values in zip(KNOWN.items(), zip(*known)):
+            np.save(folder / f"{name}-{what}.npy", np.array(values, dtype))
 
 
 def main(config):

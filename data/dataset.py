@@ -1,0 +1,187 @@
+"""A dataset is one line of tokens, and what is known of a token stands at its place.
+
+    data/NAME/SPLIT-tokens.npy      (N,) uint32: each item's prompt and two responses, end to end
+    data/NAME/SPLIT-lengths.npy     (n, 3) int32: tokens of prompt, first and second response
+    data/NAME/dataset.json          kind, tokenizer, counts, what was left out; written last
+
+The first response is the chosen (or a correct) one, the second the rejected (or an incorrect) one;
+an empty side is no response. Whatever else is known of the tokens is an array of the same N, such
+as the generator's p. Arrays are mapped: a start reads no more than their headers and the lengths.
+"""
+import os
+import tempfile
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from config import LAYOUT, UserError, fingerprint, read_json, write_json
+from data import tokenizer as tokenizers
+from data.rows import Row
+
+ROWS = 4096     # tokenised and written at a time
+
+
+def dataset_folder(name):
+    """data/NAME, refusing names that are not one plain folder."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"a dataset's name is one folder's name under data/, not {name!r}")
+    return Path("data") / name
+
+
+def open_array(path, length=None):
+    """A .npy file, mapped; a UserError where it is damaged or not of this length."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        raise UserError(f"{path} is missing or damaged; make it again") from None
+    if length not in (None, len(array)):
+        raise UserError(f"{path} belongs to other tokens than there are now; make it again")
+    return np.asarray(array)    # still mapped; slices of a plain array cost a tenth of a memmap's
+
+
+class Split:
+    """Items of a dataset, read where they are needed. split[i] is the Row of item i."""
+
+    def __init__(self, folder, name):
+        self.lengths = open_array(folder / f"{name}-lengths.npy")                       # (n, 3)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1, dtype=np.int64))])
+        self.tokens = open_array(folder / f"{name}-tokens.npy", self.starts[-1])        # (N,)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        start = self.starts[i]
+        prompt = self.tokens[start:start + self.lengths[i, 0]]
+        return Row(prompt, self.of_responses(self.tokens, i))
+
+    def of_responses(self, array, i):
+        """The parts of an array beside the tokens that are item i's first and second response's."""
+        prompt, first, _ = self.lengths[i]
+        here = array[self.starts[i] + prompt:self.starts[i + 1]]
+        return here[:first], here[first:]
+
+    def prompts(self):
+        """The distinct prompts, in their order: a list of token arrays."""
+        return list({row.prompt.tobytes(): row.prompt for row in self}.values())
+
+
+class Dataset:
+    """A prepared dataset: its splits, the arrays beside them and what dataset.json says (about)."""
+
+    def __init__(self, folder, about):
+        self.folder, self.about = folder, about
+        self.tokenizer = tokenizers.from_dict(about["tokenizer"])
+        self.kind = about["kind"]   # pairs, labels (one response each, on its label's side) or toy
+        self.block_size = about["block_size"]   # most tokens of a prompt and its longer response
+        self.fingerprint = about["splits"]["train"]["fingerprint"]  # of its tokens and lengths
+
+    def split(self, name):
+        return Split(self.folder, name)
+
+    def array(self, split, name):
+        """An array beside the tokens of a split, such as `exact-p` on the toy world."""
+        return open_array(self.folder / f"{split}-{name}.npy", len(self.split(split).tokens))
+
+
+def open_dataset(name):
+    """A prepared dataset's name -> Dataset."""
+    make = f"data/prepare.py --name={name} --input=FILE (or data/toy/prepare.py --name={name})"
+    path = dataset_folder(name) / "dataset.json"
+    about = read_json(path, make)
+    if about.get("layout") != LAYOUT:
+        raise UserError(f"{path} is of another edition of this project; make it again with {make}")
+    try:
+        return Dataset(path.parent, about)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; make it again with {make}") from None
+
+
+class Line:
+    """The two arrays of a split, written as they come, whatever their length."""
+
+    def __init__(self, folder, name):
+        self.paths = [folder / f"{name}-{part}.npy" for part in ("tokens", "lengths")]
+        self.about = {"items": 0, "tokens": 0, "fingerprint": fingerprint()}
+
+    def add(self, rows):
+        """Append rows of (prompt, first, second), lists of token ids."""
+        lengths = np.array([[len(part) for part in row] for row in rows], "<i4").reshape(-1, 3)
+        tokens = np.fromiter(chain(*chain(*rows)), "<u4", lengths.sum())
+        self.about["items"] += len(rows)
+        self.about["tokens"] += len(tokens)
+        self.about["fingerprint"] = fingerprint(self.about["fingerprint"], tokens, lengths)
+        shapes = (self.about["tokens"],), (self.about["items"], 3)
+        for path, array, shape in zip(self.paths, (tokens, lengths), shapes):
+            with open(path, "r+b" if path.exists() else "wb") as file:
+                about = {"shape": shape, "fortran_order": False, "descr": array.dtype.str}
+                np.lib.format.write_array_header_1_0(file, about)   # leaves room for it to grow
+                file.seek(0, os.SEEK_END)
+                file.write(array)
+
+
+def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", left_out=None,
+                  finish=None, **about):
+    """Tokenise rows and write them as a dataset, all of it or none.
+
+    rows: an iterable of (split, prompt, first, second), texts, or None for no response; left_out: a
+    Counter by reason; finish: called with the folder of the written tokens, to put arrays beside
+    them; about: more for dataset.json."""
+    left_out = Counter() if left_out is None else left_out
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as temporary:
+        lines = {split: Line(Path(temporary), split) for split in splits}
+        for some in chunks(rows, ROWS):
+            found = tokenise(some, tokenizer, block_size, left_out)
+            for split, line in lines.items():
+                line.add([row for name, row in found if name == split])
+        parts = {split: line.about for split, line in lines.items()}
+        for split, part in parts.items():
+            if not part["items"]:
+                raise UserError(f"nothing is left for {split}; left out: {listed(left_out)}")
+        if finish:
+            finish(Path(temporary))
+        folder.mkdir(exist_ok=True)
+        for name in ("dataset.json", "candidates.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        for path in Path(temporary).iterdir():
+            path.replace(folder / path.name)
+        write_json(folder / "dataset.json", {
+            "layout": LAYOUT, "kind": kind, **about, "block_size": block_size, "splits": parts,
+            "left_out": left_out, "tokenizer": tokenizer.to_dict()})
+    counts = ", ".join(f"{split} {part['items']}" for split, part in parts.items())
+    print(f"wrote {folder}: {counts}; left out: {listed(left_out)}")
+
+
+def tokenise(rows, tokenizer, block_size, left_out):
+    """[(name, prompt, responses...), ...] as texts -> [(name, [the same as token ids]), ...].
+
+    A prompt loses the oldest tokens, for all responses the same; a response is never cut: a row
+    with one that leaves no room for a prompt is left out."""
+    found = []
+    encoded = tokenizer.encode_lists([[text or "" for text in texts] for _, *texts in rows])
+    for (name, _, *texts), (prompt, *sides) in zip(rows, encoded):
+        sides = [[] if text is None else side + [tokenizer.end_of_text]
+                 for text, side in zip(texts, sides)]
+        room = block_size - max(map(len, sides))
+        if room < 1:
+            left_out[f"a response longer than {block_size - 1} tokens"] += 1
+            continue
+        if len(prompt) > room:
+            left_out["the oldest tokens of a prompt"] += 1
+        found.append((name, [prompt[-room:], *sides]))
+    return found
+
+
+def listed(left_out):
+    """{reason: count} as text."""
+    return ", ".join(f"{count} ({reason})" for reason, count in left_out.items()) or "nothing"
+
+
+def chunks(items, size):
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some

@@ -1,0 +1,43 @@
+"""p as training reads it: the generator's, or a control in its place, for every regularizer.
+
+    generator   out/NAME-generator/p.npy
+    uniform     1 on every token: do the generator's probabilities matter?
+    shuffled    the generator's, permuted inside each response (its links, so not the first token)
+    exact       the toy world's own
+"""
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError, choose, read_json
+from data.dataset import open_array
+
+PROBS = ("generator", "uniform", "shuffled", "exact")
+
+
+class Probs:
+    """probs[i] -> p of the tokens of item i's first and second response, two arrays of float32."""
+
+    def __init__(self, kind, dataset, generator):
+        choose("probs", kind, PROBS)
+        self.kind, self.split = kind, dataset.split("train")
+        about = read_json(Path(generator) / "p.json", "generator.py")
+        if about.get("data") != dataset.fingerprint:
+            raise UserError(f"{generator}/p.npy was written for other data than data/"
+                            f"{dataset.folder.name}; run generator.py again")
+        self.fingerprint = f"{kind} {about['fingerprint']}"
+        if kind == "exact":
+            if dataset.kind != "toy":
+                raise UserError("--probs=exact is known on toy worlds alone")
+            self.array = dataset.array("train", "exact-p")
+        else:
+            self.array = open_array(Path(generator) / "p.npy", len(self.split.tokens))
+
+    def __getitem__(self, i):
+        parts = self.split.of_responses(self.array, i)
+        if self.kind == "uniform":
+            return [np.ones(len(p), np.float32) for p in parts]
+        if self.kind == "shuffled":
+            return [np.concatenate([p[:1], np.random.default_rng([i, side]).permutation(p[1:])])
+                    for side, p in enumerate(parts)]
+        return parts

@@ -1,0 +1,154 @@
+"""A pair is one row: `prompt | chosen | rejected`; and the batches that a model reads.
+
+A response sees the prompt and itself, not the other one, and its positions go on from the prompt's,
+so every prompt is read once and each response is scored as if it stood there alone.
+"""
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+SIMILAR = 1.3       # the longest row of a group has at most so many times the shortest one's tokens
+
+
+class Row(NamedTuple):
+    prompt: np.ndarray      # token ids
+    responses: tuple        # of arrays of token ids, end-of-text last; an empty one is no response
+
+    @property
+    def size(self):     # len() counts a tuple's fields
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+class Group(NamedTuple):
+    """Rows of similar length, padded on the right to the longest."""
+    tokens: torch.Tensor        # (b, T) int64
+    positions: torch.Tensor     # (b, T) int64, counted from the prompt's start for every response
+    segments: torch.Tensor      # (b, T) int64: 0 the prompt, 1, 2, ... its responses, -1 padding;
+                                # or None, where no row has two responses: the causal mask is enough
+
+
+class Batch(NamedTuple):
+    """Rows in groups, and where their R responses are among the N positions of all groups joined:
+    every row's first, then every row's second (so chosen, then rejected), ..."""
+    groups: tuple           # of Group
+    places: torch.Tensor    # (R, T) int64, of response token t; 0 on padding
+    mask: torch.Tensor      # (R, T) bool, True on response tokens
+    sources: torch.Tensor   # (M,) int64: the position before each token whose likelihood counts
+    targets: torch.Tensor   # (M,) int64: that token
+    owners: torch.Tensor    # (M,) int64: its response
+
+    @property
+    def lengths(self):
+        return self.mask.sum(1)     # (R,) tokens of each response
+
+    def to(self, device):
+        """A copy on the device; a GPU's is made from pinned memory, so that nobody waits for it."""
+        def move(part):
+            if part is None:
+                return None
+            if device.type == "cuda":
+                part = part.pin_memory()
+            return part.to(device, non_blocking=True)
+        groups = tuple(Group(*map(move, group)) for group in self.groups)
+        return Batch(groups, *map(move, self[1:]))
+
+
+def make_batch(rows, likelihoods=0, together=None):
+    """Rows -> Batch. likelihoods: of how many responses, from the first, there are sources and
+    targets (None: of all); together: numbers of the rows of each group (None: similar ones)."""
+    groups, starts, offset = [], {}, 0      # starts: row -> its first position among the N
+    for members in together or in_batches(rows, np.inf, SIMILAR):
+        groups.append(make_group([rows[i] for i in members]))
+        for i in members:
+            starts[i] = offset
+            offset += groups[-1].tokens.size(1)
+    before, places = [], []
+    for i, side in in_order(rows):
+        prompt, responses = rows[i]
+        first = starts[i] + len(prompt) + sum(map(len, responses[:side]))
+        before.append(starts[i] + len(prompt) - 1)
+        places.append(np.arange(first, first + len(responses[side])))
+    mask, places = pad([np.ones(len(part)) for part in places]).bool(), pad(places)
+    before = torch.cat([torch.tensor(before)[:, None], places[:, :-1]], 1)              # (R, T)
+    tokens = torch.cat([group.tokens.flatten() for group in groups])                    # (N,)
+    asked = mask[:likelihoods]
+    targets = tokens[places[:likelihoods][asked]]                                       # (M,)
+    return Batch(tuple(groups), places, mask, before[:likelihoods][asked], targets,
+                 asked.nonzero()[:, 0])
+
+
+def make_targets(probs):
+    """p of the tokens of both responses of each pair -> what the objective sees beside rewards,
+    chosen responses first: mask (2B, T) bool, True on response tokens; probs (2B, T-1), p of
+    response token t+1 at t, 0 on padding."""
+    sides = [side[k] for k in (0, 1) for side in probs]
+    mask = pad([np.ones(len(p)) for p in sides]).bool()
+    return mask, pad([p[1:] for p in sides], mask.size(1) - 1, np.float32)
+
+
+def make_group(rows):
+    """Rows -> Group."""
+    longest = max(row.size for row in rows)
+    tokens, positions, segments = np.zeros((3, len(rows), longest), np.int64)
+    segments -= 1
+    for i, row in enumerate(rows):
+        end = 0
+        for segment, part in enumerate((row.prompt, *row.responses)):
+            here = slice(end, end + len(part))
+            tokens[i, here] = part
+            positions[i, here] = np.arange(len(part)) + (len(row.prompt) if segment else 0)
+            segments[i, here] = segment
+            end += len(part)
+    several = any(sum(len(part) > 0 for part in row.responses) > 1 for row in rows)
+    tokens, positions, segments = map(torch.from_numpy, (tokens, positions, segments))
+    return Group(tokens, positions, segments if several else None)
+
+
+def pad(arrays, width=0, dtype=np.int64):
+    """Arrays -> tensor (arrays, the longest or width), zeros behind each."""
+    padded = np.zeros((len(arrays), max(width, *map(len, arrays))), dtype)
+    for i, array in enumerate(arrays):
+        padded[i, :len(array)] = array
+    return torch.from_numpy(padded)
+
+
+def batch_of(step, count, batch_size, seed):
+    """Which of `count` items make up a step's batch: epoch after epoch, each in its own order. A
+    function of its arguments alone, so that a run goes on at any step by its number."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(permutation(count, seed, place // count)[place % count]) for place in places]
+
+
+@lru_cache(maxsize=8)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def in_batches(rows, tokens=2 ** 14, similar=np.inf):
+    """Numbers of rows in groups, the shortest first, of at most so many tokens with padding, the
+    longest row at most `similar` times the shortest."""
+    groups = []
+    for i in sorted(range(len(rows)), key=lambda i: rows[i].size):
+        size = rows[i].size
+        if (not groups or (len(groups[-1]) + 1) * size > tokens
+                or size > similar * rows[groups[-1][0]].size):
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def in_order(rows):
+    """(row's number, side) of the responses as a Batch has them: first every row's first, ..."""
+    most = max(len(row.responses) for row in rows)
+    return [(i, side) for side in range(most) for i, row in enumerate(rows)
+            if side < len(row.responses)]
+
+
+def in_row_order(values, rows):
+    """One value per response in a Batch's order -> the same, row by row: a list for each row."""
+    found = [[] for _ in rows]
+    for (i, _), value in zip(in_order(rows), values):
+        found[i].append(value)
+    return found

@@ -1,0 +1,70 @@
+"""The laboratory: its arms, its pairing, and tables that are those of its runs."""
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import read_json
+from data.probs import PROBS
+from regularizer import READOUTS, REGULARIZERS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def study(monkeypatch):
+    spec = importlib.util.spec_from_file_location("study", ROOT / "lab" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "study", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_arms_are_known_distinct_and_start_with_the_baseline(study):
+    assert len({arm.name for arm in study.ARMS}) == len(study.ARMS)
+    for arm in study.ARMS:
+        assert arm.regularizer in REGULARIZERS and arm.probs in PROBS and arm.readout in READOUTS
+    assert all(arms[0] == study.Arm("none", "generator", "last") for arms in study.TABLES.values())
+    assert not set(study.DRAWS) & set(range(100, 104))      # what settings were chosen on
+
+
+def test_differences_are_paired_by_draw(study, monkeypatch):
+    monkeypatch.setattr(study, "DRAWS", range(3))
+    arms = [study.Arm("none"), study.Arm("icrm")]
+    runs = [{"draw": draw, "arm": arm.name} | {name: 0.1 * draw + 0.2 * (arm.regularizer == "icrm")
+                                               for name in study.COLUMNS}
+            for arm in arms for draw in (2, 0, 1)]
+    *_, line = study.table(runs, arms)
+    assert line.startswith("| `icrm` | generator | last | 0.300 (**+0.200 ± 0.000**) |")
+
+
+def test_a_study_trains_what_is_missing_and_nothing_twice(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def command(script, **settings):
+        commands.append((script, settings))
+        if script == "train.py":
+            part = {key: 0.5 for _, key in study.COLUMNS.values()}
+            study.write_json(f"{settings['out_dir']}/eval.json",
+                             {"splits": {name: part for name, _ in study.COLUMNS.values()}})
+
+    monkeypatch.setattr(study, "command", command)
+    study.make_draw(200)
+    for _ in range(2):
+        found = study.run(200, study.Arm("icrm", "shuffled", "sum"))
+    assert [script for script, _ in commands] == ["data/toy/prepare.py", "generator.py", "train.py"]
+    last = commands[-1][1]
+    assert (last["dataset"], last["seed"], last["probs"]) == ("toy-200", 200, "shuffled")
+    assert found["arm"] == "icrm-shuffled-sum" and found["val"] == 0.5
+
+
+def test_tables_in_the_pages_are_those_of_the_runs(study):
+    printed = set(study.tables(read_json(study.RESULTS, "")["runs"]).splitlines())
+    laboratory = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = readme[readme.index("## What was found"):readme.index("## The toy world")]
+    for page, least in ((laboratory, 20), (found, 5)):
+        quoted = [line for line in page.splitlines() if line.startswith("|")]
+        assert len(quoted) >= least and not [line for line in quoted if line not in printed]
