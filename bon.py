@@ -106,7 +106,8 @@ def obtain_candidates(tokenizer, checkpoint, config):
     elif dataset.kind != "toy":
         raise UserError("name a judge of sampled responses with --judge=CHECKPOINT")
     prompts = dataset.split("val").prompts()[:config.prompts]
-    rows = sample_rows(generator, tokenizer, prompts, config.samples, config)
+    rows = sample_rows(generator, tokenizer, prompts, config.samples, config.seed,
+                       config.max_new_tokens)
     rows = [row for row in finished(rows, tokenizer) if row.responses]
     if not rows:
         raise UserError("no response ended; raise --max_new_tokens")

@@ -84,7 +84,9 @@ def sums(model, rows):
 
 def make_pairs(reference, reward_model, tokenizer, prompts, config):
     """-> Rows of two and the reference's log P of both (pairs, 2), the same whenever it is asked"""
-    rows = finished(sample_rows(reference, tokenizer, prompts, config.samples, config), tokenizer)
+    rows = sample_rows(reference, tokenizer, prompts, config.samples, config.seed,
+                       config.max_new_tokens)
+    rows = finished(rows, tokenizer)
     pairs = best_and_worst(rows, final_rewards(reward_model, rows))
     if not pairs:
         raise UserError(f"no pair; raise --samples or --max_new_tokens={config.max_new_tokens}")
@@ -153,8 +155,8 @@ def win_rate(judge, ours, theirs):
 def compare(policy, reference, reward_model, judge, tokenizer, prompts, config, is_toy):
     """Both answer held-out prompts: prints and -> results. kl: mean over the policy's responses of
     log pi(y) - log pi_ref(y), an estimate of KL(pi || pi_ref)."""
-    theirs, ours = (sample_rows(model, tokenizer, prompts, ANSWERS, config)
-                    for model in (reference, policy))
+    theirs, ours = (sample_rows(model, tokenizer, prompts, ANSWERS, config.seed,
+                                config.max_new_tokens) for model in (reference, policy))
     results = {"generator": describe(theirs, reward_model, tokenizer, is_toy),
                "policy": describe(ours, reward_model, tokenizer, is_toy)}
     ratios = np.stack(sums(policy, ours)) - np.stack(sums(reference, ours))     # (prompts, ANSWERS)

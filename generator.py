@@ -205,10 +205,10 @@ def sample_responses(model, prompts, n, end_of_text, rng, max_new_tokens=10**9, 
     return [found[i] for i in range(len(prompts))]
 
 
-def sample_rows(model, tokenizer, prompts, n, config):
+def sample_rows(model, tokenizer, prompts, n, seed, max_new_tokens):
     """n responses of a language model to each prompt (token ids) -> a Row for each."""
-    rng = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-    sampled = sample_responses(model, prompts, n, tokenizer.end_of_text, rng, config.max_new_tokens)
+    rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    sampled = sample_responses(model, prompts, n, tokenizer.end_of_text, rng, max_new_tokens)
     return [Row(prompt, tuple(responses)) for prompt, responses in zip(prompts, sampled)]
 
 

@@ -80,8 +80,7 @@ def test_a_bad_row_is_reported_counted_and_left_out(tmp_path, capsys, parse_row,
     path = write(tmp_path / "x.jsonl", good, *[good | changes] * 9)
     assert list(read_items(path, parse_row, left_out=left_out)) == parse_row(good)
     printed = capsys.readouterr().out
-    assert "row 3: " in printed and reason in printed and list(left_out.values()) == [9]
-    assert printed.count("left out") == 5       # the others are only counted
+    assert reason in printed and printed.count(", row ") == 5 and list(left_out.values()) == [9]
     assert list(read_items(path, parse_row)) == parse_row(good) and not capsys.readouterr().out
 
 
@@ -254,8 +253,7 @@ def test_candidates_become_labelled_responses_and_the_held_out_ones_stay_for_bes
     rows = [raw | {"question": f"{i}+1?", "ground_truth": "2"} for i in range(20)]  # GSM8K's form
     rows += [plain | {"prompt": f"{i}-1?"} for i in range(20)]
     bad = [{"text": " ", "correct": True}, {"text": "half", "correct": 0.5}]
-    rows.append({"prompt": "Q", "responses": bad})
-    train, val, dataset = run(*rows, source="gsm8k", val_share=0)
+    train, val, dataset = run(*rows, {"prompt": "Q", "responses": bad}, source="gsm8k", val_share=0)
     assert dataset.about["val_share"] == 0.2 and list(dataset.about["left_out"].values()) == [2]
     assert sorted(train + val) == sorted(
         (f"{i}{sign}1?", text, "") if c else (f"{i}{sign}1?", "", text)
