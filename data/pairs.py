@@ -95,6 +95,8 @@ def parse_pairs(row, as_dialogue=False):
     subset, pairs = name_of(row, "subset"), []
     if is_list_of(str, chosen) and is_list_of(str, rejected):
         subset = name_of(row, "domain") or name_of(row.get("meta"), "domain") or subset
+        if len(chosen) != len(rejected):
+            raise BadRow(f"unequal numbers of chosen and rejected ({len(chosen)}, {len(rejected)})")
     else:
         if "prompt" not in row:
             prompt, chosen, rejected = split_prompt(chosen, rejected)
@@ -209,6 +211,8 @@ def read_rows(parse, path, tokenizer, block_size, as_dialogue=False):
     left_out = Counter()
     items = list(read_items(path, parse, as_dialogue, left_out))
     count = len(items) + left_out.total()
+    if parse is parse_candidates:
+        items = [without_long(item, tokenizer, block_size, left_out) for item in items]
     texts = [(item, item.prompt, *item.responses) for item in items]
     found = tokenise(texts, tokenizer, block_size, left_out)
     if not found:
@@ -217,6 +221,16 @@ def read_rows(parse, path, tokenizer, block_size, as_dialogue=False):
     rows = [Row(np.array(prompt), tuple(map(np.array, responses)))
             for _, (prompt, *responses) in found]
     return [item for item, _ in found], rows, count - len(found)
+
+
+def without_long(item, tokenizer, block_size, left_out):
+    """Candidates without those that leave the prompt no room; all of them where none would stay."""
+    sizes = [len(tokenizer.encode(text)) for text in item.responses]
+    kept = [i for i, size in enumerate(sizes) if size + 2 <= block_size] or range(len(sizes))
+    if len(kept) < len(sizes):
+        left_out["a candidate as long as the context"] += len(sizes) - len(kept)
+    return item._replace(**{name: tuple(getattr(item, name)[i] for i in kept) for name in
+                            ("responses", "correct", "answers") if getattr(item, name)})
 
 
 read_pair_rows = partial(read_rows, parse_pairs)

@@ -174,15 +174,18 @@ def main(config):
                      val_share=config.val_share or source.val_share)
     in_range(config, 0, 1, "val_share")
     in_range(config, 1, 10**6, "every", "block_size")
+    if config.name == "toy":
+        raise UserError("'toy' is made by data/toy/prepare.py; choose another --name")
     with tempfile.TemporaryDirectory() as folder:
         path = config.input or f"{folder}/rows.jsonl"
         if not config.input:
             download(source, path)
         if not source.benchmark:
             return prepare(config, source, path)
+        pairs = sum(1 for _ in read_items(path, parse_pairs, True, Counter()))
         target = dataset_folder(config.name) / "test.jsonl"
         write_text(target, "\n".join(lines_of(path)))
-        print(f"wrote {target}")
+        print(f"wrote {target}: {pairs} pairs")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ BAD_ROWS = [    # what a good row is changed by, and the reason that is given
     (parse_pairs, {"chosen": "no"}, "the same"),
     (parse_pairs, {"prompt": [{"role": [], "content": "x"}]}, "known 'role'"),
     (parse_pairs, {"prompt": messages("x"), "chosen": messages("y")}, "one assistant message"),
+    (parse_pairs, {"chosen": ["a", "b"], "rejected": ["c"]}, "unequal numbers"),
     (parse_candidates, {"responses": []}, "no 'responses'"),
     (parse_candidates, {"responses": [{"text": "a", "correct": float("nan")}]}, "finite"),
     (parse_candidates, {"completion": "a", "label": "yes"}, "'correct' or 'label'"),
@@ -121,6 +122,8 @@ def test_rows_of_a_file_have_cut_prompts_and_what_does_not_fit_is_counted(tmp_pa
         {"text": " the" * count, "correct": count} for count in (3, 0)]}
     _, (row,), _ = read_candidate_rows(write(path, texts), bpe, 5)
     assert [len(part) for part in (row.prompt, *row.responses)] == [1, 4, 1]    # end-of-text
+    (item,), (row,), _ = read_candidate_rows(path, bpe, 4)      # the long one goes alone
+    assert item.correct == (0.0,) and [len(part) for part in row.responses] == [1]
     _, (row,), (ends,) = read_step_rows(write(path, GOOD_ROWS[parse_steps]), bpe, 64, True)
     assert [bpe.decode(row.responses[0][:end + 1]) for end in ends] == [" a\n", " a\nb"]
 
