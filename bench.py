@@ -97,7 +97,7 @@ def useful_work(rows, model):
     distinct token, of attention to what it sees, and of the LM head on the chosen responses."""
     sizes, tokens, seen = model.model.config, sum(row.size for row in rows), 0
     weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    for prompt, responses in rows:
+    for prompt, responses, _ in rows:
         for before, part in ((0, prompt), *((len(prompt), response) for response in responses)):
             seen += len(part) * before + len(part) * (len(part) + 1) // 2
     attention = 4 * sizes.n_layer * sizes.n_head * sizes.head_dim * seen

@@ -48,6 +48,22 @@ def best_of_n(rewards, worth, n):
     return float(chances[place] @ np.asarray(worth, dtype=float))
 
 
+def halve(rewards, places):
+    """Successive halving: after so many tokens each (places, rising) keep the better half of the
+    candidates by the reward of what is written, and finish the survivors.
+
+    rewards: of every prefix, one array per candidate. -> number of the best survivor, and the
+    tokens written in all. halve([[0, 9], [1, 2], [0, 5]], [1]) is (0, 5): two survive their first
+    token, 1 and, of equals, 0; those are finished."""
+    alive, written = list(range(len(rewards))), [0] * len(rewards)
+    for place in (*places, max(map(len, rewards))):
+        for i in alive:
+            written[i] = min(place, len(rewards[i]))
+        alive.sort(key=lambda i: -rewards[i][written[i] - 1])
+        alive = alive[:math.ceil(len(alive) / 2)]
+    return alive[0], sum(written)
+
+
 def majority_of_n(answers, worth, n, rng, draws=500):
     """Expected worth of the commonest answer among n of M; equally common ones share, and each is
     worth the mean of its responses. Over all subsets, or `draws` random ones of more than those."""

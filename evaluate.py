@@ -108,7 +108,7 @@ def evaluate_pairs(rows, rewards, prompts=()):
     prompts = prompts or [row.prompt.tobytes() for row in rows]
     whole = {(prompt, *(part.tobytes() for part in row.responses))
              for prompt, row in zip(prompts, rows)}
-    longer = np.mean([len(a) > len(b) for _, (a, b) in rows])
+    longer = np.mean([len(a) > len(b) for a, b in (row.responses for row in rows)])
     return share_right(chosen > rejected, chosen == rejected, prompts) | {
         "duplicates": len(rows) - len(whole), "longer_accuracy": float(longer),
         "margin": float(np.mean(chosen - rejected)), "reliability": reliability(chosen - rejected)}
@@ -119,7 +119,7 @@ def evaluate_labels(rows, rewards):
     is correct, r < 0 where it is not; auc: the probability that a correct response has the higher
     reward of two (ties count half)."""
     final = np.array([max(parts, key=len)[-1] for parts in rewards])
-    label = np.array([len(first) > 0 for _, (first, _) in rows])
+    label = np.array([len(row.responses[0]) > 0 for row in rows])
     signed = np.where(label, final, -final)
     results = share_right(signed > 0, signed == 0, [row.prompt.tobytes() for row in rows])
     correct, incorrect = final[label], np.sort(final[~label])

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from config import (TINY, Run, UserError, check_finite, fingerprint, in_range, load_checkpoint,
-                    run_script, show, write_atomically, write_json)
+                    run_script, show, write_json)
 from data import tokenizer as tokenizers
-from data.dataset import open_array, open_dataset
+from data.dataset import ROWS, chunks, open_array, open_dataset, write_array
 from data.rows import Row, batch_of, in_batches, in_row_order, make_batch
 from model import (KVCache, LanguageModel, ModelConfig, autocast, frozen_language_model,
                    learning_rate, length_normalised_nll, load_weights, make_optimizer, pick_device,
@@ -35,7 +35,7 @@ class GeneratorConfig:
     out_dir: str = ""               # empty: out/DATASET-generator
     resume: bool = False            # go on from out_dir's last checkpoint
     seed: int = 0                   # initial weights and order of the data
-    init_from: str = ""             # weights to start from: a folder in Hugging Face's layout
+    init_from: str = ""             # weights to start from: a folder, or owner/model on the hub
     n_layer: int = 2                # transformer blocks (init_from brings its own sizes)
     n_head: int = 4                 # attention heads
     n_embd: int = 64                # channels
@@ -56,7 +56,7 @@ def train_generator(config, dataset, device):
                         config.n_embd)
     weights = None
     if config.init_from:
-        sizes, weights = read_folder(config.init_from, tokenizer.vocab_size, dataset.block_size)
+        sizes, weights = read_folder(config.init_from, tokenizer, dataset.block_size)
     precision = autocast(device, config.dtype)
     torch.manual_seed(config.seed)
     model = LanguageModel(sizes)
@@ -130,21 +130,18 @@ def response_logprobs(model, rows, temperature=1.0, top_p=1.0):
     return found
 
 
-def write_p(model, split, folder, about, window=4096):
+def write_p(model, split, folder, about):
     """p of every response token of a Split -> folder/p.npy, 0 on prompts; then folder/p.json.
     about: what p.json says of it, with the temperature and top_p at which p is taken."""
-    def write(path):
-        with open(path, "wb") as file:
-            shape = {"shape": split.tokens.shape, "fortran_order": False, "descr": "<f4"}
-            np.lib.format.write_array_header_1_0(file, shape)
-            for start in tqdm(range(0, len(split), window), "p", disable=None, leave=False):
-                rows = [split[i] for i in range(start, min(start + window, len(split)))]
-                found = response_logprobs(model, rows, about["temperature"], about["top_p"])
-                for row, parts in zip(rows, found):
-                    file.write(np.zeros(len(row.prompt), "<f4").tobytes())
-                    file.write(np.exp(np.concatenate(parts)).astype("<f4").tobytes())
+    def p_of_rows():
+        bar = tqdm(range(len(split)), "p", disable=None, leave=False)
+        for rows in chunks((split[i] for i in bar), ROWS):
+            found = response_logprobs(model, rows, about["temperature"], about["top_p"])
+            for row, parts in zip(rows, found):
+                yield np.zeros(len(row.prompt))
+                yield np.exp(np.concatenate(parts))
 
-    write_atomically(folder / "p.npy", write)
+    write_array(folder / "p.npy", split.tokens.shape, "<f4", p_of_rows())
     p, count = open_array(folder / "p.npy"), split.lengths[:, 1:].sum(dtype=np.int64)
     mean = float(p.sum(dtype=np.float64) / count)
     write_json(folder / "p.json", about | {"fingerprint": fingerprint(p), "mean": mean})

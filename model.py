@@ -128,7 +128,7 @@ class Trunk(nn.Module):
     """tokens (b, T), positions (b, T), visible (b, 1, T, T) or None -> hidden states (b, T, C)."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.frozen = config, 0    # blocks that are not trained, from the first
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
@@ -138,22 +138,43 @@ class Trunk(nn.Module):
                 terms = 2 * config.n_layer if "o_proj" in name or "down_proj" in name else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(terms))
 
-    def forward(self, tokens, positions, visible=None, cache=None):
-        x = self.embed_tokens(tokens)                                   # (b, T, C)
+    def freeze(self, count):
+        """Train no embedding and none of the first `count` blocks."""
+        self.frozen = count
+        self.embed_tokens.requires_grad_(False)
+        self.layers[:count].requires_grad_(False)
+
+    def through(self, layers, x, positions, visible=None, cache=None):
+        """Hidden states (b, T, C) -> the same behind these blocks."""
         angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        for block in self.layers:
+        for block in layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, angles, visible, use_reentrant=False)
             else:
                 x = block(x, angles, visible, cache)
+        return x
+
+    def forward(self, tokens, positions, visible=None, cache=None, below=None):
+        """below: the hidden states before the first block that is not frozen, if they are known."""
+        if below is None:
+            layers, x = self.layers, self.embed_tokens(tokens)              # (b, T, C)
+        else:
+            layers, x = self.layers[self.frozen:], below.float()
+        x = self.through(layers, x, positions, visible, cache)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.norm(x)
 
+    @torch.no_grad()
+    def frozen_states(self, group):
+        """A Group's hidden states before the first block that is not frozen, (b, T, C)."""
+        x = self.embed_tokens(group.tokens)
+        return self.through(self.layers[:self.frozen], x, group.positions, visible(group.segments))
+
     def read(self, batch):
         """A Batch -> the hidden states of all its groups' positions, joined, (N, C)."""
-        return torch.cat([self(group.tokens, group.positions, visible(group.segments)).flatten(0, 1)
-                          for group in batch.groups])
+        return torch.cat([self(group.tokens, group.positions, visible(group.segments),
+                               below=group.below).flatten(0, 1) for group in batch.groups])
 
 
 def visible(segments):

@@ -1,16 +1,24 @@
-"""Weights in Hugging Face's layout: a folder with config.json and model.safetensors.
+"""Models in Hugging Face's layout: read to start from, and written for other people's programs.
+
+    python pretrained.py --checkpoint=out/mine-icrm-seed0 --out=FOLDER
 
 Llama, Qwen 2.5 and Qwen 3 are read; what a config.json asks for and the model does not have is an
-error by name, never wrong logits. Left out: other formats, several files, quantised weights.
+error by name, never wrong logits. Left out: other formats, quantised weights.
 """
 import dataclasses
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import UserError, read_json
+from config import (UserError, load_checkpoint, read_json, run_script, show, write_atomically,
+                    write_json, write_text)
+from data.hub import find_folder
+from data.tokenizer import from_dict
+from data.tokenizer_json import read_tokenizer
 from model import ModelConfig
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,7 +27,7 @@ ALLOWED = {
     "model_type": ("llama", "qwen2", "qwen3"), "hidden_act": ("silu",), "rope_scaling": (None,),
     "partial_rotary_factor": (None, 1), "use_sliding_window": (None, False),
     "attention_bias": (None, False), "mlp_bias": (None, False), "quantization_config": (None,),
-    "tie_word_embeddings": (None, False, True)}
+    "rope_interleaved": (None, False), "tie_word_embeddings": (None, False, True)}
 
 
 def read_config(path):
@@ -69,13 +77,130 @@ def read_safetensors(path):
         raise UserError(f"{path} is missing, damaged or of another kind ({error!r:.99})") from None
 
 
-def read_folder(folder, vocab_size=None, block_size=0):
-    """A folder -> (ModelConfig, {name: tensor}); vocab_size, block_size: a dataset's, if any."""
-    config = read_config(Path(folder) / "config.json")
-    if vocab_size not in (None, config.vocab_size):
-        raise UserError(f"{folder} knows {config.vocab_size} tokens, the dataset {vocab_size}")
+def read_weights(folder):
+    """All of a folder's weights, in one file or several -> {name: tensor in fp32}"""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    files = read_json(index, "the save_pretrained of transformers").get("weight_map")
+    if not isinstance(files, dict) or any(Path(str(file)).name != file for file in files.values()):
+        raise UserError(f"{index} is damaged: weight_map does not name files of its folder")
+    found = {}
+    for file in sorted(set(files.values())):
+        found |= read_safetensors(folder / file)
+    for name in files.keys() ^ found.keys():
+        raise UserError(f"{index} and the files that it names do not both have {name}")
+    return found
+
+
+def read_folder(name, tokenizer=None, block_size=0):
+    """A folder, or owner/model on the hub -> (ModelConfig, {name: tensor}).
+
+    tokenizer, block_size: a dataset's, if any. The tokenizer must be the folder's own; rows of the
+    vocabulary that it cannot make are left out."""
+    folder = find_folder(name)
+    config = read_config(folder / "config.json")
     if block_size > config.block_size:
         raise UserError(f"{folder} reads {config.block_size} tokens, the dataset's rows have up to "
                         f"{block_size}; prepare it with --block_size={config.block_size}")
     config = dataclasses.replace(config, block_size=block_size or config.block_size)
-    return config, read_safetensors(Path(folder) / "model.safetensors")
+    if tokenizer and read_tokenizer(name).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the dataset's tokenizer is {tokenizer.name}, not that of {name}; prepare "
+                        f"it with --tokenizer={name}")
+    weights = read_weights(folder)
+    if tokenizer:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"{folder} knows {config.vocab_size} tokens, its tokenizer.json "
+                            f"{tokenizer.vocab_size}")
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
+            weights[name] = weights[name][:tokenizer.vocab_size]
+    return config, weights
+
+
+# Export ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ExportConfig:
+    checkpoint: str = ""        # a reward model whose generator came from a pretrained model
+    out: str = ""               # the folder to write
+
+
+def write_safetensors(path, weights):
+    """{name: tensor} -> a .safetensors file, in fp32."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, weight in weights.items():
+        start, end = end, end + 4 * weight.numel()
+        header[name] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for weight in weights.values():
+                file.write(np.ascontiguousarray(weight.float().numpy(), "<f4"))
+    write_atomically(path, write)
+
+
+def chat_template(turns):
+    """A tokenizer's turns (data/tokenizer.py's Format) as transformers' template; nothing stands
+    behind the end of the last turn, where the reward is read."""
+    head = "".join(turns.head).replace("{role}", "{{ m['role'] }}")
+    end, *rest = turns.end
+    between = f"{{{{ {''.join(rest)!r} if not loop.last }}}}"
+    return ("".join(turns.start) + "{% for m in messages %}" + head + "{{ m['content'] }}"
+            + end + between + "{% endfor %}")
+
+
+def export(checkpoint, folder):
+    """A reward model's checkpoint -> a folder that AutoModelForSequenceClassification opens."""
+    generator = load_checkpoint(checkpoint["settings"]["generator"], "generator", "policy")
+    base = generator["settings"].get("init_from")
+    if not base:
+        raise UserError("its generator did not start from a pretrained model: no program elsewhere "
+                        "would know its tokenizer")
+    if checkpoint["settings"]["readout"] != "last":
+        raise UserError("only --readout=last is a reward that other programs compute")
+    base, tokenizer = find_folder(base), from_dict(checkpoint["tokenizer"])
+    known = read_json(base / "config.json", "the save_pretrained of transformers")
+    written = {} if tokenizer.turns is None else tokenizer.turns.start + tokenizer.turns.head
+    free = [name for name, i in tokenizer.special.items()
+            if i != tokenizer.end_of_text and name not in written]
+    if not free:
+        raise UserError(f"the tokenizer of {base} has no special token to spare for padding")
+    kind = known["architectures"][0].removesuffix("ForCausalLM")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", {
+        name: weight for name, weight in checkpoint["model"].items() if name != "lm_head.weight"})
+    about = read_json(base / "tokenizer_config.json", "the save_pretrained of transformers")
+    about["pad_token"] = free[0]
+    if tokenizer.turns:
+        about["chat_template"] = chat_template(tokenizer.turns)
+    write_json(folder / "tokenizer_config.json", about)
+    shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
+    write_json(folder / "config.json", known | {
+        "architectures": [f"{kind}ForSequenceClassification"], "torch_dtype": "float32",
+        "dtype": "float32", "vocab_size": tokenizer.vocab_size, "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.special[free[0]]})
+    write_text(folder / "README.md", EXPORTED.format(kind=kind, pad=free[0], base=base.name))
+
+
+EXPORTED = """A reward model, {kind}ForSequenceClassification with one label, trained from {base}.
+
+The score of a text is read at its last token that is not padding (`{pad}`), which must be the end
+of the reply: tokenizer.apply_chat_template writes such texts. Batches may be padded on either side.
+"""
+
+
+def main(config):
+    show(config)
+    checkpoint = load_checkpoint(config.checkpoint, "reward model")
+    if not config.out:
+        raise UserError("name the folder to write with --out=FOLDER")
+    export(checkpoint, Path(config.out))
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_script(ExportConfig, main)

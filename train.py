@@ -17,6 +17,7 @@ import dataclasses
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from config import (HERE, Run, UserError, check_finite, choose, fingerprint, in_range,
                     load_checkpoint, run_other, run_script, show, write_json)
 from data.dataset import open_dataset
+from data.frozen import store_states
 from data.probs import PROBS, Probs
 from data.rows import batch_of, make_batch, make_targets
 from evaluate import evaluate_split, evaluate_splits, print_table
@@ -55,8 +57,8 @@ class TrainConfig:
     seed: int = 0                   # reward head and order of the data
     steps: int = 80                 # updates
     batch_size: int = 32            # pairs (or labelled responses) per update, over all processes
-    learning_rate: float = 2e-3     # peak
-    warmup: int = 20                # updates of linear warm-up
+    learning_rate: float = 2e-3     # peak, after a quarter of the updates
+    unfrozen: int = 0               # train the last so many blocks alone; 0: all, and the embedding
     log_interval: int = 10          # updates between log lines
     eval_interval: int = 40         # updates between checkpoints and looks at val
     device: str = "auto"            # auto, cpu, cuda, cuda:N
@@ -136,7 +138,7 @@ def train(config, dataset, probs, team):
         loss.backward()
         lm = lm.detach()
         team.add_up([lm, *(q.grad for q in model.parameters() if q.grad is not None)])
-        rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
+        rate = learning_rate(step, config.steps, config.learning_rate, config.steps // 4)
         norm = update(model, optimizer, rate)
 
         done = step + 1
@@ -159,6 +161,8 @@ def start(config, dataset, probs, team):
     generator = frozen_language_model(checkpoint, config.generator)
     torch.manual_seed(config.seed)
     model = RewardModel.from_generator(generator, config.readout).to(team.device).train()
+    if config.unfrozen:
+        freeze(model.model, config, dataset, team)
     code = (HERE / "regularizer.py").read_text(encoding="utf-8")
     inputs = {"data": dataset.fingerprint, "p": probs.fingerprint,
               "regularizer.py": fingerprint(code)}
@@ -168,6 +172,16 @@ def start(config, dataset, probs, team):
         model.model.compile(dynamic=True)
     optimizer = make_optimizer(model, config.learning_rate)
     return model, optimizer, run, run.restore(model, optimizer)
+
+
+def freeze(trunk, config, dataset, team):
+    """Freeze all but the last blocks and start above them: what they read is stored, once."""
+    if config.unfrozen > len(trunk.layers):
+        raise UserError(f"--unfrozen={config.unfrozen}, and there are {len(trunk.layers)} blocks")
+    trunk.freeze(len(trunk.layers) - config.unfrozen)
+    with team.first_alone(), autocast(team.device, config.dtype):
+        dataset.below = {split: store_states(trunk, dataset, split, config.generator)
+                         for split in ("train", "val")}
 
 
 def log(run, step, terms, rate, model, dataset, looks):
@@ -199,6 +213,15 @@ class Team:
         if not self.first:
             sys.stdout = open(os.devnull, "w")
 
+    @contextmanager
+    def first_alone(self):
+        """The first process does it while the others wait, then they."""
+        if not self.first:
+            dist.barrier()
+        yield
+        if self.first and self.size > 1:
+            dist.barrier()
+
     def join(self, a, shape):
         """This process's scores in their places among all.  (2b, t) -> (2B, T)"""
         if self.size == 1:
@@ -226,7 +249,10 @@ def obtain_inputs(config):
     if config.dataset == "toy" and not Path("data/toy/dataset.json").exists():
         run_other("data/toy/prepare.py")
     if not (Path(config.generator) / "p.json").exists():
-        run_other("generator.py", dataset=config.dataset, out_dir=config.generator,
+        tokenizer, more = open_dataset(config.dataset).tokenizer, {}
+        if tokenizer.pretrained:        # a pretrained model's: it is the generator, as it is
+            more = {"init_from": tokenizer.name, "steps": 0}
+        run_other("generator.py", dataset=config.dataset, out_dir=config.generator, **more,
                   device=config.device, dtype=config.dtype,
                   resume=(Path(config.generator) / "ckpt.pt").exists())
 
@@ -239,16 +265,14 @@ def main(config):
     choose("probs", config.probs, PROBS)
     choose("readout", config.readout, READOUTS)
     in_range(config, 1, 10**9, "steps", "batch_size", "log_interval", "eval_interval")
-    in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "lm_weight")
+    in_range(config, 0, 10**9, "seed", "learning_rate", "unfrozen", "lm_weight")
     in_range(config, 0, 1, "reg_weight")
     team, started = Team(config.device), time.time()
     show(config)
     if config.batch_size % team.size:
         raise UserError(f"--batch_size={config.batch_size} does not divide by {team.size}")
-    if team.first:
+    with team.first_alone():
         obtain_inputs(config)
-    if team.size > 1:
-        dist.barrier()
     dataset = open_dataset(config.dataset)
     probs = Probs(config.probs, dataset, config.generator)
     model = train(config, dataset, probs, team)

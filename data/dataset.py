@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import LAYOUT, UserError, fingerprint, read_json, write_json
+from config import LAYOUT, UserError, fingerprint, read_json, write_atomically, write_json
 from data import tokenizer as tokenizers
 from data.rows import Row
 
@@ -28,6 +28,17 @@ def dataset_folder(name):
     if not name or Path(name).name != name or name.startswith("."):
         raise UserError(f"a dataset's name is one folder's name under data/, not {name!r}")
     return Path("data") / name
+
+
+def write_array(path, shape, dtype, parts):
+    """Write arrays that come one after another as one .npy file, all of it or none."""
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            about = {"shape": shape, "fortran_order": False, "descr": dtype}
+            np.lib.format.write_array_header_1_0(file, about)
+            for part in parts:
+                file.write(np.ascontiguousarray(part, dtype))
+    write_atomically(path, write)
 
 
 def open_array(path, length=None):
@@ -44,10 +55,11 @@ def open_array(path, length=None):
 class Split:
     """Items of a dataset, read where they are needed. split[i] is the Row of item i."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder, name, below=None):
         self.lengths = open_array(folder / f"{name}-lengths.npy")                       # (n, 3)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1, dtype=np.int64))])
         self.tokens = open_array(folder / f"{name}-tokens.npy", self.starts[-1])        # (N,)
+        self.below = below      # (N, C): the hidden states below what is trained, or None
 
     def __len__(self):
         return len(self.lengths)
@@ -55,7 +67,8 @@ class Split:
     def __getitem__(self, i):
         start = self.starts[i]
         prompt = self.tokens[start:start + self.lengths[i, 0]]
-        return Row(prompt, self.of_responses(self.tokens, i))
+        below = None if self.below is None else self.below[start:self.starts[i + 1]]
+        return Row(prompt, self.of_responses(self.tokens, i), below)
 
     def of_responses(self, array, i):
         """The parts of an array beside the tokens that are item i's first and second response's."""
@@ -77,9 +90,10 @@ class Dataset:
         self.kind = about["kind"]   # pairs, labels (one response each, on its label's side) or toy
         self.block_size = about["block_size"]   # most tokens of a prompt and its longer response
         self.fingerprint = about["splits"]["train"]["fingerprint"]  # of its tokens and lengths
+        self.below = {}         # {split: array}, the hidden states below what is trained, if stored
 
     def split(self, name):
-        return Split(self.folder, name)
+        return Split(self.folder, name, self.below.get(name))
 
     def array(self, split, name):
         """An array beside the tokens of a split, such as `exact-p` on the toy world."""
@@ -161,10 +175,8 @@ def tokenise(rows, tokenizer, block_size, left_out):
     A prompt loses the oldest tokens, for all responses the same; a response is never cut: a row
     with one that leaves no room for a prompt is left out."""
     found = []
-    encoded = tokenizer.encode_lists([[text or "" for text in texts] for _, *texts in rows])
-    for (name, _, *texts), (prompt, *sides) in zip(rows, encoded):
-        sides = [[] if text is None else side + [tokenizer.end_of_text]
-                 for text, side in zip(texts, sides)]
+    encoded = tokenizer.encode_rows([texts for _, *texts in rows])
+    for (name, *_), (prompt, *sides) in zip(rows, encoded):
         room = block_size - max(map(len, sides))
         if room < 1:
             left_out[f"a response longer than {block_size - 1} tokens"] += 1

@@ -225,8 +225,8 @@ def read_rows(parse, path, tokenizer, block_size, as_dialogue=False):
 
 def without_long(item, tokenizer, block_size, left_out):
     """Candidates without those that leave the prompt no room; all of them where none would stay."""
-    sizes = [len(tokenizer.encode(text)) for text in item.responses]
-    kept = [i for i, size in enumerate(sizes) if size + 2 <= block_size] or range(len(sizes))
+    sizes = [len(tokenizer.encode_reply(text)) for text in item.responses]
+    kept = [i for i, size in enumerate(sizes) if size < block_size] or range(len(sizes))
     if len(kept) < len(sizes):
         left_out["a candidate as long as the context"] += len(sizes) - len(kept)
     return item._replace(**{name: tuple(getattr(item, name)[i] for i in kept) for name in
@@ -240,6 +240,6 @@ read_candidate_rows = partial(read_rows, parse_candidates)
 def read_step_rows(path, tokenizer, block_size, as_dialogue=False):
     """-> (items, a Row of each, the places of the steps' last tokens in its response)"""
     items, rows, _ = read_rows(parse_steps, path, tokenizer, block_size, as_dialogue)
-    ends = [[len(tokenizer.encode(item.responses[0][:end])) - 1 for end in item.ends]
+    ends = [[len(tokenizer.encode_reply(item.responses[0][:end])) - 2 for end in item.ends]
             for item in items]
     return items, rows, ends

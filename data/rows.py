@@ -15,6 +15,7 @@ SIMILAR = 1.3       # the longest row of a group has at most so many times the s
 class Row(NamedTuple):
     prompt: np.ndarray      # token ids
     responses: tuple        # of arrays of token ids, end-of-text last; an empty one is no response
+    below: np.ndarray | None = None     # (tokens, C): the hidden states below what is trained
 
     @property
     def size(self):     # len() counts a tuple's fields
@@ -27,6 +28,10 @@ class Group(NamedTuple):
     positions: torch.Tensor     # (b, T) int64, counted from the prompt's start for every response
     segments: torch.Tensor      # (b, T) int64: 0 the prompt, 1, 2, ... its responses, -1 padding;
                                 # or None, where no row has two responses: the causal mask is enough
+    below: torch.Tensor | None  # (b, T, C) float16, of rows that know them
+
+    def to(self, device):
+        return Group(*(on(device, part) for part in self))
 
 
 class Batch(NamedTuple):
@@ -44,15 +49,17 @@ class Batch(NamedTuple):
         return self.mask.sum(1)     # (R,) tokens of each response
 
     def to(self, device):
-        """A copy on the device; a GPU's is made from pinned memory, so that nobody waits for it."""
-        def move(part):
-            if part is None:
-                return None
-            if device.type == "cuda":
-                part = part.pin_memory()
-            return part.to(device, non_blocking=True)
-        groups = tuple(Group(*map(move, group)) for group in self.groups)
-        return Batch(groups, *map(move, self[1:]))
+        groups = tuple(group.to(device) for group in self.groups)
+        return Batch(groups, *(on(device, part) for part in self[1:]))
+
+
+def on(device, part):
+    """A tensor, or None, on the device; from pinned memory to a GPU, so that nobody waits."""
+    if part is None:
+        return None
+    if device.type == "cuda":
+        part = part.pin_memory()
+    return part.to(device, non_blocking=True)
 
 
 def make_batch(rows, likelihoods=0, together=None):
@@ -66,7 +73,7 @@ def make_batch(rows, likelihoods=0, together=None):
             offset += groups[-1].tokens.size(1)
     before, places = [], []
     for i, side in in_order(rows):
-        prompt, responses = rows[i]
+        prompt, responses = rows[i].prompt, rows[i].responses
         first = starts[i] + len(prompt) + sum(map(len, responses[:side]))
         before.append(starts[i] + len(prompt) - 1)
         places.append(np.arange(first, first + len(responses[side])))
@@ -103,7 +110,12 @@ def make_group(rows):
             end += len(part)
     several = any(sum(len(part) > 0 for part in row.responses) > 1 for row in rows)
     tokens, positions, segments = map(torch.from_numpy, (tokens, positions, segments))
-    return Group(tokens, positions, segments if several else None)
+    below = None
+    if rows[0].below is not None:
+        below = torch.zeros(len(rows), longest, rows[0].below.shape[1], dtype=torch.float16)
+        for states, row in zip(below.numpy(), rows):
+            states[:row.size] = row.below
+    return Group(tokens, positions, segments if several else None, below)
 
 
 def pad(arrays, width=0, dtype=np.int64):

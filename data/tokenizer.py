@@ -1,47 +1,115 @@
-"""Tokenizers: GPT-2's, or a byte-pair vocabulary trained on the dataset itself; tiktoken runs both.
+"""Tokenizers, all run by tiktoken: GPT-2's, a byte-pair vocabulary trained on the dataset, or the
+one of a pretrained model (data/tokenizer_json.py).
 
-A tokenizer travels as a dictionary inside its dataset's folder and inside every checkpoint.
+A tokenizer travels as a dictionary inside its dataset's folder and inside every checkpoint. It
+knows how its model writes dialogues (FORMATS) and the token that ends a reply. What stands in data
+is never read as a special token.
 """
 import base64
 import codecs
 import heapq
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
+from tiktoken_ext import openai_public
 
 from config import UserError, fingerprint
 
 # How text is cut before merging: contractions, words with the space before them, numbers, other
 # signs, white space. Written so that Python's re (training) and tiktoken (encoding) read it alike.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-SHARE = 64      # lists that a thread encodes at a time: handing out each one costs more than it
+SHARE = 64      # rows that a thread encodes at a time: handing out each one costs more than it
+TURN = re.compile(r"\n\n(System|Human|Assistant):")     # HH-RLHF's dialogues, as data has them
+ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
+
+
+class Format(NamedTuple):
+    """How a model's dialogues are written: special tokens by name, and texts between them."""
+    start: tuple    # before the first turn
+    head: tuple     # before a turn's text, which the last of them is joined to
+    end: tuple      # behind a turn's text; the first ends a reply
+
+
+FORMATS = {
+    "chatml": Format((), ("<|im_start|>", "{role}\n"), ("<|im_end|>", "\n")),
+    "llama3": Format(("<|begin_of_text|>",),
+                     ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"),
+                     ("<|eot_id|>",)),
+    "plain": None}      # dialogues stay as they are in data
 
 
 class Tokenizer:
-    """A byte-pair vocabulary, {bytes: rank}, and an end-of-text token behind it, whose name in data
-    is plain text. Without ranks it is GPT-2's, which tiktoken downloads once."""
+    """A byte-pair vocabulary, {bytes: token id}, of which the smaller id is merged first.
 
-    def __init__(self, name, ranks=None):
-        self.name, self.vocabulary = name, ""       # GPT-2's need not be kept
-        if ranks:
-            lines = (f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in ranks)
-            self.vocabulary = "".join(lines)        # in tiktoken's file format
-        self.encoding = load_gpt2() if not ranks else tiktoken.Encoding(
-            name, pat_str=SPLIT, mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": len(ranks)})
-        self.encode = self.encoding.encode_ordinary     # text -> token ids, without end-of-text
-        self.end_of_text, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
-        self.fingerprint = fingerprint(name, self.vocabulary)
+    pattern: how text is cut before merging; special: {name: token id}; end: the special token that
+    ends a response; turns: a key of FORMATS; normal_form: of Unicode, applied to text first."""
 
-    def encode_lists(self, lists):
-        """Lists of texts -> the same lists of token ids, on all cores."""
+    def __init__(self, name, ranks, pattern=SPLIT, special=None, end="<|endoftext|>",
+                 turns="plain", normal_form=""):
+        self.name, self.turns, self.normal_form = name, FORMATS[turns], normal_form
+        self.special = special or {end: len(ranks)}
+        self.end_of_text = self.special[end]
+        self.vocab_size = 1 + max(*ranks.values(), *self.special.values())
+        lacking = sorted({bytes([byte]) for byte in range(256)} - ranks.keys())
+        dropped = {byte: self.vocab_size + i for i, byte in enumerate(lacking)}
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, special_tokens=self.special,
+                                          mergeable_ranks=ranks | dropped)
+        self.about = {
+            "vocabulary": "".join(f"{base64.b64encode(token).decode()} {i}\n"   # tiktoken's files'
+                                  for token, i in ranks.items()),
+            "pattern": pattern, "special": self.special, "end": end, "turns": turns,
+            "normal_form": normal_form}
+        self.fingerprint = fingerprint(repr(self.about))
+
+    @property
+    def pretrained(self):
+        """Whether it is a pretrained model's, which its name then says."""
+        return self.name != "gpt2" and not self.name.startswith("bpe:")
+
+    def encode(self, text):
+        """Text -> token ids; bytes that the vocabulary lacks are dropped."""
+        if self.normal_form:
+            text = unicodedata.normalize(self.normal_form, text)
+        tokens = self.encoding.encode_ordinary(text)
+        if self.encoding.n_vocab == self.vocab_size:
+            return tokens
+        return [i for i in tokens if i < self.vocab_size]
+
+    def encode_prompt(self, text):
+        """A prompt -> token ids; a dialogue in the model's own turns, open for the reply."""
+        if not self.turns:
+            return self.encode(text)
+        parts = list(self.turns.start)
+        for role, content in turns_of(text):
+            *head, joint = (part.format(role=role) for part in self.turns.head)
+            parts += [*head, joint + content, *self.turns.end]
+        parts += [part.format(role="assistant") for part in self.turns.head]
+        tokens = []
+        for part in parts:
+            tokens += [self.special[part]] if part in self.special else self.encode(part)
+        return tokens
+
+    def encode_reply(self, text):
+        """A response -> token ids, the end token last."""
+        if self.turns:
+            text = text.removeprefix(" ")       # it stood between "Assistant:" and the reply
+        return self.encode(text) + [self.end_of_text]
+
+    def encode_rows(self, rows):
+        """Rows of a prompt and its responses (None: no response) -> the same as token ids, on all
+        cores; no response has no tokens."""
         def encode_some(start):
-            return [list(map(self.encode, texts)) for texts in lists[start:start + SHARE]]
+            return [[self.encode_prompt(prompt)] + [[] if text is None else self.encode_reply(text)
+                                                    for text in texts]
+                    for prompt, *texts in rows[start:start + SHARE]]
         with ThreadPoolExecutor() as pool:
-            shares = pool.map(encode_some, range(0, len(lists), SHARE))
-            return [texts for some in shares for texts in some]
+            shares = pool.map(encode_some, range(0, len(rows), SHARE))
+            return [row for some in shares for row in some]
 
     def decode(self, tokens):
         """Token ids -> text; bytes that are not UTF-8 become the replacement character."""
@@ -55,34 +123,53 @@ class Tokenizer:
                 for i in map(int, tokens)]
 
     def to_dict(self):
-        return {"name": self.name, "vocabulary": self.vocabulary, "fingerprint": self.fingerprint}
+        return {"name": self.name, "fingerprint": self.fingerprint, **self.about}
+
+
+def turns_of(text):
+    """A dialogue as HH-RLHF writes it, up to "Assistant:" -> [(role, text of the turn), ...]; any
+    other text is one turn of the user's."""
+    before, *found = TURN.split(text)       # before, role, text, role, text, ...
+    if before or not found or found[-2:] != ["Assistant", ""]:
+        return [("user", text)]
+    return [(ROLES[name], content.removeprefix(" "))
+            for name, content in zip(found[:-2:2], found[1:-2:2])]
 
 
 def from_dict(saved):
     """The tokenizer that to_dict described."""
-    lines = map(str.split, saved["vocabulary"].splitlines())
-    tokenizer = Tokenizer(saved["name"], {base64.b64decode(token): int(i) for token, i in lines})
-    if tokenizer.fingerprint != saved["fingerprint"]:
+    about = dict(saved)
+    name, known, vocabulary = (about.pop(key) for key in ("name", "fingerprint", "vocabulary"))
+    lines = map(str.split, vocabulary.splitlines())
+    ranks = {base64.b64decode(token): int(i) for token, i in lines}
+    tokenizer = Tokenizer(name, ranks, **about)
+    if tokenizer.fingerprint != known:
         raise UserError("a vocabulary does not match its fingerprint; prepare the dataset again")
     return tokenizer
 
 
-def load_gpt2():
+def gpt2():
     try:
-        return tiktoken.get_encoding("gpt2")
+        found = openai_public.gpt2()
     except OSError as error:
         raise UserError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): set "
                         "TIKTOKEN_CACHE_DIR to a folder with it, or --tokenizer=bpe:4096") from None
+    return Tokenizer("gpt2", found["mergeable_ranks"], found["pat_str"], found["special_tokens"])
 
 
 def make(name, texts):
-    """'gpt2', or 'bpe:SIZE': a vocabulary of at most SIZE tokens trained on texts."""
+    """'gpt2'; 'bpe:SIZE', a vocabulary of at most SIZE tokens trained on texts; or a pretrained
+    model's: a folder with its tokenizer.json, or its owner/model on the hub."""
     kind, _, size = name.partition(":")
     if name == "gpt2":
-        return Tokenizer(name)
-    if kind != "bpe" or not size.isdecimal() or int(size) < 257:
-        raise UserError(f"unknown tokenizer {name!r}; choose gpt2, or bpe:SIZE of at least 257")
-    return Tokenizer(name, train_bpe(texts, int(size) - 1))
+        return gpt2()
+    if kind == "bpe" and size.isdecimal() and int(size) >= 257:
+        return Tokenizer(name, train_bpe(texts, int(size) - 1))
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(f"unknown tokenizer {name!r}; choose gpt2, bpe:SIZE of at least 257, or a "
+                        "pretrained model's folder or owner/model")
+    from data.tokenizer_json import read_tokenizer      # which builds on this file
+    return read_tokenizer(name)
 
 
 def train_bpe(texts, size):

@@ -38,7 +38,7 @@ def inside(workspace, monkeypatch):
 def small_run(out_dir, **more):
     """The TrainConfig of a small run."""
     settings = dict(out_dir=out_dir, steps=12, batch_size=8, log_interval=2, eval_interval=4,
-                    warmup=2, device="cpu") | more
+                    device="cpu") | more
     return parse(train.TrainConfig, [f"--{key}={value}" for key, value in settings.items()])
 
 

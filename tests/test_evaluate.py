@@ -90,7 +90,7 @@ def test_labels_are_scored_one_by_one_and_against_each_other_as_loops_do():
     higher = [(a > b) + 0.5 * (a == b) for a in final[labels] for b in final[~labels]]
     assert found["auc"] == pytest.approx(np.mean(higher))
     pairs, their_rewards = evaluate.contrasts(rows, rewards)
-    assert sorted((a[-1], b[-1]) for _, (a, b) in pairs) == [
+    assert sorted((a[-1], b[-1]) for _, (a, b), _ in pairs) == [
         (i, j) for i in range(40) for j in range(40)
         if labels[i] and not labels[j] and i % 3 == j % 3]
     for row, (ra, rb) in zip(pairs, their_rewards):

@@ -45,17 +45,19 @@ def naive_p(logits, token, top_p):
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
-def test_p_stands_beside_the_tokens_and_is_the_samplers(trained, tmp_path, temperature, top_p):
+def test_p_stands_beside_the_tokens_and_is_the_samplers(trained, tmp_path, monkeypatch,
+                                                        temperature, top_p):
     """And that of each response read alone."""
     model, _, split = trained
     settings = {"temperature": temperature, "top_p": top_p}
-    generator.write_p(model, split, tmp_path, settings, window=7)
+    monkeypatch.setattr(generator, "ROWS", 7)
+    generator.write_p(model, split, tmp_path, settings)
     p = open_array(tmp_path / "p.npy", len(split.tokens))
     mean = pytest.approx(p.sum() / split.lengths[:, 1:].sum())
     about = json.loads((tmp_path / "p.json").read_text())
     assert about == settings | {"fingerprint": fingerprint(p), "mean": mean}
     for i in range(4):
-        prompt, responses = split[i]
+        prompt, responses, _ = split[i]
         assert not p[split.starts[i]:][:len(prompt)].any()
         for response, found in zip(responses, split.of_responses(p, i)):
             tokens = torch.tensor([*prompt.tolist(), *response.tolist()])

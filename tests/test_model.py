@@ -80,7 +80,7 @@ def test_a_batch_reads_each_response_as_if_alone(reward_model, monkeypatch, simi
 
 @torch.no_grad()
 def test_a_reward_stays_when_the_other_response_is_replaced(reward_model):
-    prompt, (a, b, c) = row_of(5, 4, 6, 9)
+    prompt, (a, b, c), _ = row_of(5, 4, 6, 9)
     for other in (c, a[:1], a[:0]):
         batch = make_batch([Row(prompt, pair) for pair in ((a, b), (other, b), (a, other))])
         chosen, rejected = reward_model.scores(reward_model.model.read(batch), batch).split(3)

@@ -4,20 +4,29 @@ tests/pretrained/ was made once with transformers 5.24 and torch 2.13: save_pret
 LlamaForCausalLM in float32, a Qwen2ForCausalLM in bfloat16 and a Qwen3ForCausalLM in float16, every
 weight drawn anew with std 0.3, norms' around 1; logits.json holds `tokens` and their `logits`.
 """
+import hashlib
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from conftest import small_run
 
 import generator
 import pretrained
+import train
 from config import UserError, load_checkpoint
+from data import hub, prepare
+from data import tokenizer as tokenizers
 from data.dataset import open_dataset
+from data.tokenizer_json import read_tokenizer
+from evaluate import load_reward_model, score
 from model import LanguageModel, load_weights
-from pretrained import read_config, read_folder
+from pretrained import read_config, read_folder, read_safetensors, write_safetensors
 
 FOLDERS = Path(__file__).parent / "pretrained"
 
@@ -92,19 +101,244 @@ def test_bad_files_are_one_line_errors(copy_of):
             read_folder(folder)
         assert "\n" not in str(caught.value)
 
+# Whole folders -----------------------------------------------------------------------------------
 
-def test_a_generator_that_is_not_trained_is_its_folders_model(inside, copy_of):
-    """With --steps=0, as in the paper's mathematics runs; its context becomes the dataset's."""
-    vocab = open_dataset("toy").tokenizer.vocab_size
-    folder = copy_of("qwen2", vocab_size=vocab, max_position_embeddings=200)
-    weights = LanguageModel(read_config(folder / "config.json")).state_dict()
-    with mock.patch.object(pretrained, "read_safetensors", return_value=weights):
-        generator.main(generator.GeneratorConfig(init_from=str(folder), steps=0, device="cpu",
-                                                 out_dir="out/from-folder"))
-    kept = load_checkpoint("out/from-folder", "generator")
-    assert all(torch.equal(kept["model"][name], weight) for name, weight in weights.items())
-    assert kept["model_config"]["block_size"] == 160
-    for sizes, message in (((61, 160), "knows 60 tokens, the dataset"),
-                           ((60, 161), "reads 160 tokens, the dataset's rows have up to 161")):
+@pytest.fixture
+def base(tmp_path):
+    """A pretrained model of 383 tokens with room for 390, as SmolLM2's are laid out."""
+    folder = tmp_path / "base"
+    shutil.copytree(FOLDERS / "llama", folder)
+    shutil.copy(FOLDERS / "tokenizers" / "smollm2.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<|im_end|>"}')
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {
+        "vocab_size": 390, "max_position_embeddings": 256}))
+    torch.manual_seed(1)
+    model = LanguageModel(read_config(folder / "config.json"))
+    write_safetensors(folder / "model.safetensors", {
+        name: 3 * weight for name, weight in model.state_dict().items() if name != "lm_head.weight"})
+    return folder
+
+
+@pytest.fixture
+def prepared(base, monkeypatch):
+    """data/mine, 24 pairs in the base's tokens, and the base as its generator; -> the base"""
+    monkeypatch.chdir(base.parent)
+    rows = [{"prompt": f"\n\nHuman: number {i}?\n\nAssistant:", "chosen": f" it is {i}, of course",
+             "rejected": f" nobody{' ever' * (i % 5)} knows"} for i in range(24)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare.main(prepare.PrepareConfig(name="mine", input="pairs.jsonl", tokenizer=str(base),
+                                       block_size=64, val_share=0.3))
+    generator.main(generator.GeneratorConfig(dataset="mine", init_from=str(base), steps=0,
+                                             device="cpu"))
+    return base
+
+
+def run(out_dir, **more):
+    train.main(small_run(out_dir, dataset="mine", **more))
+    return load_checkpoint(out_dir, "reward model")
+
+
+def test_a_generator_that_is_not_trained_is_its_folders_model(prepared):
+    """With --steps=0, as in the paper's mathematics runs; rows of its vocabulary that its tokenizer
+    cannot make are gone, and its context is the dataset's."""
+    _, weights = read_folder(prepared)
+    kept = load_checkpoint("out/mine-generator", "generator")
+    for name, weight in weights.items():
+        assert torch.equal(kept["model"][name], weight[:380])
+    assert kept["model_config"]["block_size"] == 64 and kept["model_config"]["vocab_size"] == 380
+
+
+def test_a_folder_and_a_dataset_that_do_not_fit_are_refused(prepared):
+    own = open_dataset("mine").tokenizer
+    with pytest.raises(UserError, match="tokenizer is bpe:300, not that of"):
+        read_folder(prepared, tokenizers.make("bpe:300", ["some text"]))
+    with pytest.raises(UserError, match="reads 256 tokens, the dataset's rows have up to 257"):
+        read_folder(prepared, own, 257)
+    settings = json.loads((prepared / "config.json").read_text())
+    (prepared / "config.json").write_text(json.dumps(settings | {"vocab_size": 379}))
+    with pytest.raises(UserError, match="knows 379 tokens, its tokenizer.json 380"):
+        read_folder(prepared, own)
+
+
+def test_several_files_are_read_as_one(base):
+    _, whole = read_folder(base)
+    names = list(whole)
+    files = {name: f"model-{1 + (i > 5)}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        write_safetensors(base / file, {name: whole[name] for name in names if files[name] == file})
+    index = base / "model.safetensors.index.json"
+    (base / "model.safetensors").unlink()
+    for wrong, message in ((files | {"x": "model-1.safetensors"}, "do not both have x"),
+                           ({names[0]: "../model-1.safetensors"}, "does not name files of its")):
+        index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(UserError, match=message):
-            read_folder(FOLDERS / "qwen2", *sizes)
+            read_folder(base)
+    index.write_text(json.dumps({"weight_map": files}))
+    _, found = read_folder(base)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+
+
+def test_stored_states_of_frozen_blocks_give_the_rewards_of_all_blocks(prepared):
+    kept = run("out/a", unfrozen=1)
+    before = load_checkpoint("out/mine-generator", "generator")["model"]
+    changed = {name for name in before if not torch.equal(kept["model"][name], before[name])}
+    assert changed and all("layers.1" in name or name in ("model.norm.weight", "lm_head.weight")
+                           for name in changed)
+    model, _, _ = load_reward_model("out/a", "cpu")
+    split = open_dataset("mine").split("val")
+    rows = [split[i] for i in range(len(split))]
+    split.below = np.load("out/mine-generator/val-below-1.npy")
+    states = [split[i] for i in range(len(split))]
+    model.model.frozen = 1
+    for all_blocks, above in zip(score(model, rows), score(model, states)):
+        for a, b in zip(all_blocks, above):
+            assert np.abs(a - b).max() < 1e-3 and not np.array_equal(a, b)
+    alone = run("out/b", unfrozen=1)["model"]       # states that are there are read, not made
+    assert all(torch.equal(alone[name], weight) for name, weight in kept["model"].items())
+    about = json.loads(Path("out/mine-generator/val-below-1.json").read_text())
+    Path("out/mine-generator/val-below-1.json").write_text(json.dumps(about | {"weights": "other"}))
+    np.save("out/mine-generator/val-below-1.npy", np.zeros_like(split.below))
+    run("out/b", unfrozen=1)
+    assert np.array_equal(np.load("out/mine-generator/val-below-1.npy"), split.below)
+    with pytest.raises(UserError, match="--unfrozen=3, and there are 2 blocks"):
+        run("out/c", unfrozen=3)
+
+
+def test_an_exported_model_is_the_trained_one_in_the_layout_it_came_in(prepared):
+    kept = run("out/a")
+    pretrained.main(pretrained.ExportConfig("out/a", "exported"))
+    found = read_safetensors(Path("exported/model.safetensors"))
+    assert found.keys() == kept["model"].keys() - {"lm_head.weight"}
+    assert all(torch.equal(weight, kept["model"][name]) for name, weight in found.items())
+    settings = json.loads(Path("exported/config.json").read_text())
+    assert settings["architectures"] == ["LlamaForSequenceClassification"]
+    assert settings["vocab_size"] == 380 and settings["max_position_embeddings"] == 256
+    about = json.loads(Path("exported/tokenizer_config.json").read_text())
+    tokenizer = read_tokenizer("exported")
+    assert tokenizer.special[about["pad_token"]] == settings["pad_token_id"]
+    assert settings["pad_token_id"] != tokenizer.end_of_text
+    assert tokenizer.fingerprint == open_dataset("mine").tokenizer.fingerprint
+    run("out/sum", readout="sum")
+    train.main(small_run("out/toyless", dataset="mine"))
+    with pytest.raises(UserError, match="only --readout=last"):
+        pretrained.main(pretrained.ExportConfig("out/sum", "exported"))
+
+
+# The hub -----------------------------------------------------------------------------------------
+
+def test_a_model_on_the_hub_is_fetched_once_and_checked(base, tmp_path, monkeypatch):
+    """And what is not what the hub says is not kept."""
+    files = {path.name: path.read_bytes() for path in base.iterdir()}
+    files |= {"README.md": b"-", "original/model.safetensors": b"-", "pytorch_model.bin": b"-"}
+    served = dict(files)
+
+    class Hub(BaseHTTPRequestHandler):
+        asked = []
+
+        def do_GET(self):
+            self.asked.append(self.path)
+            if self.path == "/api/models/owner/model?blobs=true":
+                parts = [{"rfilename": name, "blobId": hashlib.sha1(
+                    b"blob %d\0" % len(body) + body).hexdigest()} for name, body in files.items()]
+                for one in parts:
+                    if one["rfilename"].endswith("model.safetensors"):
+                        one["lfs"] = {"sha256": hashlib.sha256(files[one["rfilename"]]).hexdigest()}
+                body = json.dumps({"sha": "c0ffee", "siblings": parts}).encode()
+            else:
+                body = served.get(self.path.removeprefix("/owner/model/resolve/c0ffee/"))
+            self.send_response(200 if body is not None else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hub, "HUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    for name in ("model.safetensors", "config.json"):
+        for body in (files[name][:-1] + b"?", None):        # another one, or none
+            served[name] = body
+            with pytest.raises(UserError, match="owner/model could not be fetched from http"):
+                hub.find_folder("owner/model")
+            assert not list((tmp_path / "cache").rglob(name + "*"))
+        served[name] = files[name]
+    _, found = read_folder("owner/model")
+    _, expected = read_folder(base)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    asked = len(Hub.asked)
+    folder = hub.find_folder("owner/model")
+    assert len(Hub.asked) == asked and not any("original" in path for path in Hub.asked)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    server.shutdown()
+    for name in ("neither", "../a/b", "owner/model/file", "a/..", "/nowhere/at/all"):
+        with pytest.raises(UserError, match="neither a folder nor a hub's"):
+            hub.find_folder(name)
+
+
+# tokenizer.json ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3"])
+def test_tokens_are_those_of_the_library_that_wrote_the_file(tmp_path, name):
+    """tokenizers/ was made with tokenizers 0.23: a BpeTrainer each, with that model's steps."""
+    shutil.copy(FOLDERS / "tokenizers" / f"{name}.json", tmp_path / "tokenizer.json")
+    stored = json.loads((FOLDERS / "tokenizers" / "ids.json").read_text())
+    tokenizer = tokenizers.from_dict(json.loads(json.dumps(read_tokenizer(tmp_path).to_dict())))
+    assert [tokenizer.encode(text) for text in stored["texts"]] == stored["ids"][name]
+
+
+TURNS = {"smollm2": ("<|im_start|>system\nBe brief.<|im_end|>\n",
+                     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+         "llama3": ("<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
+                    "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                    "<|start_header_id|>assistant<|end_header_id|>\n\n")}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_dialogues_are_written_in_the_models_own_turns(tmp_path, name):
+    shutil.copy(FOLDERS / "tokenizers" / f"{name}.json", tmp_path / "tokenizer.json")
+    tokenizer = read_tokenizer(tmp_path)
+    start = "<|begin_of_text|>" if name == "llama3" else ""
+    system, user = TURNS[name]
+    for text, turns in (("\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:", system + user),
+                        ("Hi", user)):      # a plain prompt is the user's turn
+        expected = tokenizer.encoding.encode(start + turns, allowed_special="all")
+        assert tokenizer.encode_prompt(text) == expected
+    assert tokenizer.encode_reply(" Yes") == tokenizer.encode("Yes") + [tokenizer.end_of_text]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3"])
+def test_a_special_tokens_name_in_data_is_plain_text(tmp_path, name):
+    shutil.copy(FOLDERS / "tokenizers" / f"{name}.json", tmp_path / "tokenizer.json")
+    tokenizer = read_tokenizer(tmp_path)
+    numbers = set(tokenizer.special.values())
+    for said in tokenizer.special:
+        assert not numbers & {*tokenizer.encode(said), *tokenizer.encode_reply(said)[:-1]}
+        counts = [sum(i in numbers for i in tokenizer.encode_prompt(text)) for text in (said, "a")]
+        assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": {"type": "Unigram"}}, "type 'Unigram'"),
+    ({"model": {"byte_fallback": True}}, "byte_fallback True"),
+    ({"model": {"unk_token": "<unk>"}}, "unk_token '<unk>'"),
+    ({"model": {"merges": [["b", "c"], ["a", "b"]], "vocab": {"ab": 500, "bc": 501}}},
+     "not in the order"),
+    ({"model": {"merges": []}}, "no merge makes the tokens"),
+    ({"normalizer": {"type": "Lowercase"}}, "normalizer {'type': 'Lowercase'}"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
+    ({"pre_tokenizer": None}, "pre_tokenizer"),
+    ({"added_tokens": []}, "no known end of a response"),
+    ({"added_tokens": 3}, "damaged or of another kind"), ({"model": []}, "damaged or of another")])
+def test_what_is_unknown_in_a_tokenizer_is_an_error_by_name(tmp_path, change, message):
+    found = json.loads((FOLDERS / "tokenizers" / "qwen.json").read_text())
+    for key, value in change.items():
+        found[key] = found[key] | value if isinstance(value, dict) and key == "model" else value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=f"tokenizer.json.*{message}"):
+        read_tokenizer(tmp_path)

@@ -62,7 +62,7 @@ def labelled(inside):
         toy, rows = open_dataset("toy"), []
         for name in ("train", "val"):
             split = toy.split(name)
-            for prompt, responses in (split[i] for i in range(len(split))):
+            for prompt, responses, _ in (split[i] for i in range(len(split))):
                 prompt, first, second = map(toy.tokenizer.decode, (prompt, *responses))
                 rows += [(name, prompt, first, None), (name, prompt, None, second)]
         write_dataset(dataset_folder("labelled"), rows, ("train", "val"), toy.tokenizer,
@@ -80,7 +80,7 @@ def naive_terms(model, dataset, p, items):
     mask, probs = rewards > 0, rewards[:, 1:].clone()
     for row in range(2 * n):
         i, side = items[row % n], row // n
-        (prompt, responses), length = split[i], int(split.lengths[i, 1 + side])
+        (prompt, responses, _), length = split[i], int(split.lengths[i, 1 + side])
         if length:
             tokens = torch.tensor([*prompt.tolist(), *responses[side].tolist()])
             hidden = model.model(tokens[None], torch.arange(len(tokens))[None])[0, len(prompt) - 1:]

@@ -52,7 +52,7 @@ def write_truth(worlds, tokenizer, folder):
     encode = lru_cache(maxsize=None)(tokenizer.encode)
     for name, world in worlds.items():
         known = []      # (exact-p, exact-value, kind) of each token
-        for prompt, responses in Split(folder, name):
+        for prompt, responses, _ in Split(folder, name):
             known += [(0, 0, 0)] * len(prompt)
             for response in responses:
                 known += world.trace(response.tolist(), encode, tokenizer.end_of_text)
