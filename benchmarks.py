@@ -8,6 +8,7 @@ et al., arXiv 2410.16184), ProcessBench (Zheng et al., arXiv 2412.06559). Left o
 import math
 import textwrap
 from collections import defaultdict
+from statistics import harmonic_mean
 
 import numpy as np
 
@@ -57,12 +58,29 @@ def share_right(right, ties, prompts):
 
 
 def mean_and_half_width(values):
-    """Mean, and half the width of its 95% t interval (nan for one value)."""
+    """Mean of two values or more, and half the width of its 95% t interval."""
     df = len(values) - 1
-    if not df:
-        return float(values[0]), math.nan
     t = T95[df - 1] if df <= len(T95) else 1.96 + 2.372 / df + 2.82 / df ** 2   # its expansion
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def calibration(predicted, actual, low=0.0, bins=10):
+    """Mean |predicted - actual| over equal bins of predicted, from low to 1, and what the bins
+    hold: two arrays -> error, [{"predicted", "actual", "n"}, ...]"""
+    which = np.minimum(((predicted - low) / (1 - low) * bins).astype(int), bins - 1)
+    rows = [{"predicted": float(predicted[which == b].mean()),
+             "actual": float(actual[which == b].mean()), "n": int((which == b).sum())}
+            for b in np.unique(which)]
+    return sum(row["n"] * abs(row["predicted"] - row["actual"]) for row in rows) / len(which), rows
+
+
+def reliability(margins):
+    """Margins r(chosen) - r(rejected) -> expected calibration error of sigma, and the bins of its
+    diagram. Confidence is sigma(|margin|), from 1/2 to 1; right is a margin above 0, a tie half."""
+    margins = np.asarray(margins, dtype=float)
+    right = (margins > 0) + 0.5 * (margins == 0)
+    error, rows = calibration(sigmoid(np.abs(margins)), right, low=0.5)
+    return {"ece": error, "bins": rows}
 
 
 def compare_with_truth(rewards, values, kinds):
@@ -77,12 +95,10 @@ def compare_with_truth(rewards, values, kinds):
     kind, V = np.concatenate(kinds), np.concatenate(values).astype(float)
     r = np.concatenate(rewards).astype(float)
     z = sigmoid(r - r.mean())       # Eq. 4 with the whole split as the opponent
-    bins = np.minimum((z * 10).astype(int), 9)
-    table = [{"z": float(z[bins == b].mean()), "value": float(V[bins == b].mean()),
-              "share": float((bins == b).mean())} for b in np.unique(bins)]
+    error, rows = calibration(z, V)
     last = np.array([value[-1] for value in values])
-    return {"correlation": float(np.corrcoef(z, V)[0, 1]), "value_bins": table,
-            "calibration_error": sum(row["share"] * abs(row["z"] - row["value"]) for row in table),
+    return {"correlation": float(np.corrcoef(z, V)[0, 1]),
+            "calibration_error": error, "value_bins": rows,
             "credit_leak": float(steps[kind == 1].mean() / steps[kind == 2].mean()),
             "oracle": float((last[0::2] > last[1::2]).mean())}
 
@@ -121,38 +137,19 @@ def rm_bench(wins):
             "mean": float(matrix.mean())}
 
 
-def reliability(margins, bins=10):
-    """Margins r(chosen) - r(rejected) -> expected calibration error of sigma, and the bins of its
-    diagram. Confidence is sigma(|margin|), from 1/2 to 1; right is a margin above 0, a tie half."""
-    margins = np.asarray(margins, dtype=float)
-    confidence = sigmoid(np.abs(margins))
-    right = (margins > 0) + 0.5 * (margins == 0)
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows = [{"confidence": float(confidence[which == b].mean()),
-             "accuracy": float(right[which == b].mean()), "n": int((which == b).sum())}
-            for b in np.unique(which)]
-    error = sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(margins)
-    return {"ece": error, "bins": rows}
-
-
 def first_error_scores(rewards, first_errors, threshold):
     """Step rewards of each solution and its first wrong step (-1: none) -> ProcessBench's scores.
 
     Found is the first step whose reward is below the threshold. error_accuracy: share of wrong
-    solutions whose first error is found exactly; within_one: to one step; correct_accuracy: share
-    of right solutions in which none is found; f1: harmonic mean of the first and the third. A kind
-    of solution that does not occur has no accuracy (None), nor f1."""
+    solutions whose first error is found; correct_accuracy: share of right ones in which none is;
+    f1: their harmonic mean. A kind that does not occur has no accuracy (None), nor f1."""
     found = [next((t for t, reward in enumerate(r) if reward < threshold), -1) for r in rewards]
-    wrong = [(a, b) for a, b in zip(found, first_errors) if b >= 0]
-    right = [a == -1 for a, b in zip(found, first_errors) if b < 0]
-    error = sum(a == b for a, b in wrong) / len(wrong) if wrong else None
-    near = sum(a >= 0 and abs(a - b) <= 1 for a, b in wrong) / len(wrong) if wrong else None
-    correct = sum(right) / len(right) if right else None
-    f1 = None
-    if wrong and right:
-        f1 = 2 * error * correct / (error + correct) if error + correct else 0.0
-    return {"error_accuracy": error, "within_one": near, "correct_accuracy": correct, "f1": f1,
-            "wrong": len(wrong), "right": len(right), "threshold": threshold}
+    wrong = [a == b for a, b in zip(found, first_errors) if b >= 0]
+    right = [a == b for a, b in zip(found, first_errors) if b < 0]
+    error, correct = (sum(kind) / len(kind) if kind else None for kind in (wrong, right))
+    f1 = float(harmonic_mean([error, correct])) if wrong and right else None
+    return {"error_accuracy": error, "correct_accuracy": correct, "f1": f1, "wrong": len(wrong),
+            "right": len(right), "threshold": threshold}
 
 
 def best_threshold(rewards, first_errors):
@@ -172,7 +169,7 @@ def print_benchmarks(results):
         print("RewardBench  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         for key, text in (("missing", "subsets without pairs"), ("unknown", "of no section")):
             if found[key]:
-                print(textwrap.fill(f"{text}: {', '.join(found[key])}", 80))
+                print(textwrap.fill(f"{text}: {', '.join(found[key])}", break_on_hyphens=False))
     for name, found in results.get("rm_bench", {}).items():
         scores = (f"{key} {found[key]:.3f}" for key in ("easy", "normal", "hard", "mean"))
         print(f"RM-Bench {name}:", *scores, " chosen style (row) against rejected style:")

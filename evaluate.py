@@ -130,8 +130,8 @@ def evaluate_labels(rows, rewards):
 
 
 def contrasts(rows, rewards):
-    """Labelled responses -> every correct one of a prompt against every incorrect one of it: rows
-    of two, and their rewards."""
+    """Labelled responses -> every correct one of a prompt against every incorrect one of it: a list
+    of (Row of two, their rewards)."""
     sides, pairs = defaultdict(lambda: ([], [])), []
     for row, parts in zip(rows, rewards):
         side = int(len(row.responses[0]) == 0)
@@ -139,7 +139,7 @@ def contrasts(rows, rewards):
     for correct, incorrect in sides.values():
         pairs += [(Row(row.prompt, (a, b)), [ra, rb])
                   for row, a, ra in correct for _, b, rb in incorrect if not np.array_equal(a, b)]
-    return [row for row, _ in pairs], [parts for _, parts in pairs]
+    return pairs
 
 
 # Datasets ----------------------------------------------------------------------------------------
@@ -147,12 +147,11 @@ def contrasts(rows, rewards):
 def evaluate_split(model, dataset, name):
     """One split of a Dataset -> {split (of labels also `split pairs`): metrics}."""
     split = dataset.split(name)
-    rows = [split[i] for i in range(len(split))]
+    rows = list(split)
     rewards = score(model, rows)
     if dataset.kind == "labels":
-        found = {name: evaluate_labels(rows, rewards)}
-        rows, rewards = contrasts(rows, rewards)
-        return found | ({f"{name} pairs": evaluate_pairs(rows, rewards)} if rows else {})
+        found, pairs = {name: evaluate_labels(rows, rewards)}, contrasts(rows, rewards)
+        return found | ({f"{name} pairs": evaluate_pairs(*zip(*pairs))} if pairs else {})
     results = evaluate_pairs(rows, rewards)
     if dataset.kind == "toy":
         arrays = [dataset.array(name, what) for what in ("exact-value", "kind")]
@@ -223,7 +222,7 @@ def evaluate_steps(model, tokenizer, config):
         some = [(r, item.first_error) for r, item in zip(rewards, items)
                 if name in ("(all)", item.subset)]
         results[name] = first_error_scores(*zip(*some), threshold)
-    keys = ("f1", "error_accuracy", "within_one", "correct_accuracy", "wrong", "right")
+    keys = ("f1", "error_accuracy", "correct_accuracy", "wrong", "right")
     print_lines([["subset", *keys]] + [[name, *(text_of(part[key]) for key in keys)]
                                        for name, part in results.items()])
     print(f"threshold {threshold:.4f}, chosen on {config.threshold_from}")
@@ -239,13 +238,11 @@ COLUMNS = {"accuracy": "accuracy", "interval": "95% interval", "ties": "ties", "
 
 def table_lines(results):
     """{split or subset: metrics} as the lines of one table, its head first."""
-    used = [key for key in COLUMNS if key == "interval"
-            or any(key in part for part in results.values())]
-    lines = [["split", *(COLUMNS[key] for key in used)]]
-    for name, part in results.items():
-        cells = part | {"interval": f"{part['low']:.3f}-{part['high']:.3f}"}
-        lines.append([name, *(text_of(cells.get(key)) for key in used)])
-    return lines
+    cells = {name: part | {"interval": f"{part['low']:.3f}-{part['high']:.3f}"}
+             for name, part in results.items()}
+    used = [key for key in COLUMNS if any(key in part for part in cells.values())]
+    return [["split", *(COLUMNS[key] for key in used)]] + [
+        [name, *(text_of(part.get(key)) for key in used)] for name, part in cells.items()]
 
 
 def print_table(results):
@@ -259,13 +256,16 @@ def print_table(results):
 def compare_runs(folders):
     """Print runs, one column each, differences to the first in brackets; -> {folder: eval.json}."""
     runs = {folder: read_json(Path(folder) / "eval.json", "train.py") for folder in folders}
+    datasets = sorted({run["settings"]["dataset"] for run in runs.values()})
+    if len(datasets) > 1:
+        raise UserError(f"runs on different datasets are not compared: {', '.join(datasets)}")
     lines = [["", *(Path(folder).name for folder in runs)]]
     names = dict.fromkeys(split for run in runs.values() for split in run["splits"])
     for split, key in itertools.product(names, ("accuracy", "auc", "correlation", "credit_leak")):
-        first, *others = [run["splits"].get(split, {}).get(key) for run in runs.values()]
-        if first is not None and None not in others:
-            differences = (f"{value:.3f} ({value - first:+.3f})" for value in others)
-            lines.append([f"{split} {key}", text_of(first), *differences])
+        values = [run["splits"].get(split, {}).get(key) for run in runs.values()]
+        if None not in values:
+            differences = (f"{value:.3f} ({value - values[0]:+.3f})" for value in values[1:])
+            lines.append([f"{split} {key}", text_of(values[0]), *differences])
     print_lines(lines)
     print("one draw each: draws differ more than methods do (lab/ has several)")
     return runs
@@ -276,7 +276,7 @@ def main(config):
         results = compare_runs([name for name in config.compare.split(",") if name])
     else:
         show(config)
-        if bool(config.data) + bool(config.steps) > 1:
+        if config.data and config.steps:
             raise UserError("one thing at a time: --data=FILE, or --steps=FILE")
         model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
         if config.data:
@@ -287,8 +287,7 @@ def main(config):
             results = evaluate_steps(model, tokenizer, config)
         else:
             dataset = open_dataset(checkpoint["settings"]["dataset"])
-            if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
-                raise UserError(f"{dataset.folder} was prepared again with another vocabulary")
+            check_fit("dataset", dataset.tokenizer, tokenizer)
             results = {"splits": evaluate_splits(model, dataset)}
             print_table(results["splits"])
     if config.json:

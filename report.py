@@ -15,26 +15,31 @@ from unicodedata import east_asian_width
 
 import numpy as np
 
+from benchmarks import sigmoid
 from bon import BonConfig, curve, obtain_candidates
-from config import HERE, UserError, in_range, read_json, run_script, show, write_text
+from config import HERE, UserError, in_range, run_script, show, write_text
 from data.dataset import open_dataset
 from evaluate import (check_fit, evaluate_splits, final_rewards, load_reward_model, score,
                       table_lines)
 from generator import load_generator, response_logprobs
 
-CELL, STRIP = 7.5, 15       # pixels: the width of a character, the height of a strip of colour
-LEGEND = ("z along a response (dashed: the exact value); below, what each token did to the reward "
-          "r and to the exact value V: orange raised it, blue lowered it, by its share of the "
-          "response's largest step; at the bottom the generator's p of the token, if below 0.95.")
-
-NONE = ["<p>There are none.</p>"]
+CELL, STRIP = 7.5, 17       # pixels: the width of a character, the height of a strip of colour
+CSS = f"<style>{(HERE / 'lab' / 'report.css').read_text(encoding='utf-8')}</style>"
+NONE = "<p>There are none.</p>"
+PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/><title>{title}</title>{css}
+</head><body><h1>{title}</h1><p>{about}</p>{table}<div>{figures}</div>
+<p>z along a response (dashed: the exact value); below, what each token did to the reward r and to
+the exact value V: orange raised it, blue lowered it, by its share of the response's largest step;
+at the bottom the generator's p of the token, if below 0.95.</p>
+<h2>Most confident hits</h2>{hits}<h2>Most confident misses</h2>{misses}</body></html>
+"""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     checkpoint: str = ""        # a reward model: its folder; for a picture also several: A,B
     out: str = ""               # the page; empty: report.html beside the checkpoint
-    bon: str = ""               # what `bon.py --json` wrote; empty: sampled, on the toy world
     count: int = 3              # hits and misses to show of each
     svg: str = ""               # in place of the page, a picture of one response of val
     response: int = 0           # which: 2i the chosen one of pair i, 2i + 1 the rejected one
@@ -82,23 +87,22 @@ def strips(pieces, rows, width, below=None, style=""):
     rows: [(label, steps)], what each token did to something; a row's largest step has full colour.
     below: a short text for under each token. The last piece is end-of-text's."""
     left = 8 + CELL * max(len(label) for label, _ in rows)
-    tall = 30 + len(rows) * (STRIP + 2) + (12 if below else 0)
+    tall = 30 + len(rows) * STRIP + (12 if below else 0)
     x, y, parts = width, -tall, []
     for t, piece in enumerate([*pieces[:-1], " ⏎"]):
         wide = CELL * sum(1 + (east_asian_width(letter) in "WF") for letter in piece)
-        indent = CELL * (len(piece) - len(piece.lstrip()))
         if x + wide > width - 2 * CELL * piece[:1].isspace():   # a stop stays with its word
             x, y = left, y + tall
-            parts += [f'<text x="{left - 6}" y="{y + 34 + i * (STRIP + 2)}" text-anchor="end">'
+            parts += [f'<text x="{left - 6}" y="{y + 34 + i * STRIP}" text-anchor="end">'
                       f"{html.escape(label)}</text>" for i, (label, _) in enumerate(rows)]
-        if piece.strip():
-            parts.append(f'<text class="word" x="{x + indent:g}" y="{y + 17}" '
-                         f'textLength="{wide - indent:g}">{html.escape(piece.strip())}</text>')
+        text = html.escape(piece).replace(" ", "&#160;")    # SVG drops a leading space
+        parts.append(f'<text class="word" x="{x:g}" y="{y + 17}" textLength="{wide:g}">'
+                     f"{text}</text>")
         for i, (_, steps) in enumerate(rows):
             share = abs(steps[t]) / (np.abs(steps).max() or 1)
-            place = f'x="{x:g}" y="{y + 22 + i * (STRIP + 2)}" width="{wide:g}" height="{STRIP}"'
             sign = "up" if steps[t] > 0 else "down"
-            parts.append(f'<rect class="{sign}" fill-opacity="{share:.2f}" {place}/>')
+            parts.append(f'<rect class="{sign}" fill-opacity="{share:.2f}" x="{x:g}" '
+                         f'y="{y + 22 + i * STRIP}" width="{wide:g}" height="{STRIP - 2}"/>')
         if below:
             parts.append(f'<text class="p" x="{x + 1:g}" y="{y + tall - 6}">{below[t]}</text>')
         x += wide
@@ -113,47 +117,43 @@ def figure(drawn, caption):
     return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
-def diagonal(bins, x, y, low, caption):
-    """Points that lie on the diagonal where all is well; x, y: what they are called in bins."""
-    points = [(row[x], row[y]) for row in bins]
+def diagonal(bins, names, low, caption):
+    """Bins of benchmarks.calibration against the diagonal, where all is well; names: of x and y."""
+    points = [(row["predicted"], row["actual"]) for row in bins]
     lines = [("other", [(low, low), (1, 1)]), ("own", points), ("dots", points)]
-    return figure(chart(lines, ticks(low, 1), ticks(0, 1), (x, y)), caption)
+    return figure(chart(lines, ticks(low, 1), ticks(0, 1), names), caption)
 
 
-def best_of_n(found, noun):
+def best_of_n(found):
     """found: bon.curve's rows."""
     lines = [(style, [(np.log2(row["n"]), row[key]) for row in found]) for style, key in (
         ("thin", "low"), ("thin", "high"), ("other", "oracle"), ("other", "random"),
         ("own", "reward_model"), ("dots", "reward_model"))]
-    worth = [y for _, points in lines for _, y in points]
+    golds = [y for _, points in lines for _, y in points]
     drawn = chart(lines, [(np.log2(row["n"]), row["n"]) for row in found],
-                  ticks(min(worth), max(worth), 5, "{:.2f}"), ("n", noun))
-    return figure(drawn, f"Best of n: {noun} of the response that it picks, with a 95% interval; "
+                  ticks(min(golds), max(golds), 5, "{:.2f}"), ("n", "gold"))
+    return figure(drawn, "Best of n: gold of the response that it picks, with a 95% interval; "
                   "dashed, the best one and a random one.")
 
 
-def figures_of(results, config, model, checkpoint, dataset):
+def figures_of(results, device, model, checkpoint, dataset):
     """The figures of the whole split; results: its metrics."""
     found = results["reliability"]
-    yield diagonal(found["bins"], "confidence", "accuracy", 0.5, "Is it as sure as it is right? "
+    yield diagonal(found["bins"], ("confidence", "accuracy"), 0.5, "Is it as sure as it is right? "
                    "Confidence is σ of the difference of two rewards; mean distance from the "
                    f"dashed line {found['ece']:.3f}.")
     if dataset.kind == "toy":
-        yield diagonal(results["value_bins"], "z", "value", 0, "Is a prefix worth what it seems? "
+        yield diagonal(results["value_bins"], ("z", "value"), 0, "Is a prefix worth what it seems? "
                        "z is σ of its reward less the mean one; mean distance from the "
                        f"dashed line {results['calibration_error']:.3f}.")
-    if config.bon:
-        yield best_of_n(read_json(config.bon, f"bon.py --json={config.bon}")["curve"], "worth")
-    elif dataset.kind == "toy":
-        drawn = BonConfig(prompts=50, device=config.device)
-        rows, worth = obtain_candidates(dataset.tokenizer, checkpoint, drawn)
-        yield best_of_n(curve(final_rewards(model, rows), worth, range(len(rows))), "gold")
+        rows, golds = obtain_candidates(dataset.tokenizer, checkpoint,
+                                        BonConfig(prompts=50, device=device))
+        yield best_of_n(curve(final_rewards(model, rows), golds, range(len(rows))))
 
 
 def response(name, pieces, r, V, p, mean):
     """One response; V may be None; mean: the reward whose z is 1/2."""
-    z = 0.5 + 0.5 * np.tanh((r - mean) / 2)     # sigma
-    lines, rows = [("own", list(enumerate(z)))], [("r", steps_of(r))]
+    lines, rows = [("own", list(enumerate(sigmoid(r - mean))))], [("r", steps_of(r))]
     if V is not None:
         lines.append(("other", list(enumerate(V))))
         rows.append(("V", steps_of(V)))
@@ -169,17 +169,6 @@ def table(lines):
     rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
             for tag, line in zip(["th"] + ["td"] * len(lines), lines)]
     return f"<table><tr>{'</tr><tr>'.join(rows)}</tr></table>"
-
-
-def css():
-    return f"<style>{(HERE / 'lab' / 'report.css').read_text(encoding='utf-8')}</style>"
-
-
-def page(title, about, *parts):
-    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"/><title>{html.escape(title)}</title>'
-            f"{css()}</head><body><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"
-            f"{''.join(parts)}</body></html>\n")
 
 
 # Commands ----------------------------------------------------------------------------------------
@@ -198,13 +187,12 @@ def open_model(path, device):
 def write_page(config):
     model, checkpoint, dataset, split, exact = open_model(config.checkpoint, config.device)
     settings, results = checkpoint["settings"], evaluate_splits(model, dataset)
-    figures = figures_of(results["val"], config, model, checkpoint, dataset)
-    rows = [split[i] for i in range(len(split))]
+    generator, its_tokenizer = load_generator(settings["generator"], config.device)
+    check_fit("generator", its_tokenizer, dataset.tokenizer)
+    rows = list(split)
     rewards = score(model, rows)
     mean = np.concatenate([r for parts in rewards for r in parts]).mean()
     margins = np.array([a[-1] - b[-1] for a, b in rewards])
-    order = np.argsort(-margins, kind="stable").tolist()
-    generator, _ = load_generator(settings["generator"], config.device)
 
     def pair(i):
         p = [np.exp(part) for part in response_logprobs(generator, [rows[i]])[0]]
@@ -216,17 +204,18 @@ def write_page(config):
         return (f'<details open=""><summary>pair {i}: reward difference {margins[i]:+.2f}'
                 f"</summary><p>{prompt}</p><div>{''.join(parts)}</div></details>")
 
+    order = np.argsort(-margins, kind="stable").tolist()
     hits = [pair(i) for i in order[:config.count] if margins[i] > 0]
     misses = [pair(i) for i in order[::-1][:config.count] if margins[i] <= 0]
     folder = Path(config.checkpoint)
     out = config.out or (folder if folder.is_dir() else folder.parent) / "report.html"
-    write_text(out, page(
-        f"Reward model {config.checkpoint}",
-        f"{settings['regularizer']}, read-out {settings['readout']}, seed {settings['seed']}, "
-        f"trained on {settings['dataset']}; below the table all is of its split val.",
-        table(table_lines(results)), "<div>", *figures, f"</div><p>{LEGEND}</p>",
-        "<h2>Most confident hits</h2>", *hits or NONE, "<h2>Most confident misses</h2>",
-        *misses or NONE))
+    write_text(out, PAGE.format(
+        title=html.escape(f"Reward model {config.checkpoint}"), css=CSS,
+        about=html.escape("{regularizer}, read-out {readout}, seed {seed}, trained on {dataset}; "
+                          "below the table all is of its split val.".format(**settings)),
+        table=table(table_lines(results)),
+        figures="".join(figures_of(results["val"], config.device, model, checkpoint, dataset)),
+        hits="".join(hits) or NONE, misses="".join(misses) or NONE))
     print(f"wrote {out}: {len(hits)} hits, {len(misses)} misses")
 
 
@@ -238,13 +227,13 @@ def write_picture(config):
     for model, checkpoint, its_dataset, *_ in opened:
         if its_dataset.folder != dataset.folder:
             raise UserError("the models of a picture are of one dataset")
-        settings = checkpoint["settings"]
-        label = " ".join([settings["regularizer"], *{settings["readout"]} - {"last"}])
+        words = [checkpoint["settings"][key] for key in ("regularizer", "probs", "readout")]
+        label = " ".join(word for word in words if word not in ("generator", "last"))
         rows.append((label, steps_of(score(model, [split[i]])[0][side])))
     if exact is not None:
         rows.append(("exact value", steps_of(split.of_responses(exact, i)[side])))
     pieces = dataset.tokenizer.pieces(split[i].responses[side])
-    write_text(config.svg, strips(pieces, rows, 880, style=css()))
+    write_text(config.svg, strips(pieces, rows, 880, style=CSS))
     print(f"wrote {config.svg}")
 
 

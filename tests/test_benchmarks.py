@@ -86,7 +86,7 @@ def test_the_first_error_is_the_first_step_below_the_threshold_and_the_best_one_
     found = benchmarks.first_error_scores(rewards, [1, 1, -1, -1, 0], 0.0)
     assert (found["wrong"], found["right"]) == (3, 2)
     assert found["error_accuracy"] == pytest.approx(1 / 3)
-    assert found["within_one"] == pytest.approx(2 / 3) and found["correct_accuracy"] == 0.5
+    assert found["correct_accuracy"] == 0.5
     assert found["f1"] == pytest.approx(2 * (1 / 3) * 0.5 / (1 / 3 + 0.5))
     assert benchmarks.first_error_scores([[1.0]], [-1], 0.0)["f1"] is None
     assert benchmarks.first_error_scores([[1.0], [1.0]], [0, -1], 0.0)["f1"] == 0.0

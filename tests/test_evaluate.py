@@ -89,7 +89,7 @@ def test_labels_are_scored_one_by_one_and_against_each_other_as_loops_do():
     assert found["ties"] == (final == 0).sum() > 0
     higher = [(a > b) + 0.5 * (a == b) for a in final[labels] for b in final[~labels]]
     assert found["auc"] == pytest.approx(np.mean(higher))
-    pairs, their_rewards = evaluate.contrasts(rows, rewards)
+    pairs, their_rewards = zip(*evaluate.contrasts(rows, rewards))
     assert sorted((a[-1], b[-1]) for _, (a, b), _ in pairs) == [
         (i, j) for i in range(40) for j in range(40)
         if labels[i] and not labels[j] and i % 3 == j % 3]
@@ -97,7 +97,7 @@ def test_labels_are_scored_one_by_one_and_against_each_other_as_loops_do():
         assert [ra[-1], rb[-1]] == [final[part[-1]] for part in row.responses]
     same = np.array([1])        # one text of both labels is no contrast
     both = [Row(same, (same, nothing)), Row(same, (nothing, same))]
-    assert evaluate.contrasts(both, [[same, nothing], [nothing, same]]) == ([], [])
+    assert evaluate.contrasts(both, [[same, nothing], [nothing, same]]) == []
 
 
 # Distance from the truth ------------------------------------------------------------------------
@@ -189,12 +189,16 @@ def test_steps_are_read_in_one_pass_and_the_threshold_from_another_file(inside, 
 
 
 def test_runs_stand_side_by_side_with_their_differences_to_the_first(tmp_path, capsys):
-    for name, accuracy in (("none", 0.5), ("icrm", 0.75), ("dense", 0.25)):
-        write_json(tmp_path / name / "eval.json", {"splits": {"val": {"accuracy": accuracy}}})
+    for name, accuracy, data in (("none", 0.5, "toy"), ("icrm", 0.75, "toy"),
+                                 ("dense", 0.25, "toy"), ("other", 0.9, "mine")):
+        write_json(tmp_path / name / "eval.json", {"splits": {"val": {"accuracy": accuracy}},
+                                                   "settings": {"dataset": data}})
     main("--compare=" + ",".join(f"{tmp_path}/{name}" for name in ("none", "icrm", "dense")))
     head, line, _ = capsys.readouterr().out.splitlines()
     assert head.split() == ["none", "icrm", "dense"]
     assert line.split() == "val accuracy 0.500 0.750 (+0.250) 0.250 (-0.250)".split()
+    with pytest.raises(UserError, match="different datasets are not compared: mine, toy"):
+        main(f"--compare={tmp_path}/none,{tmp_path}/other")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,10 +1,10 @@
 """The page and the picture: self-contained, escaped, complete, and coloured by what tokens did."""
-import json
 import re
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 import report
 import train
@@ -47,25 +47,22 @@ def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, t
     assert again.read_text(encoding="utf-8") == source
 
 
-def test_best_of_n_that_bon_wrote_is_drawn_as_it_stands(inside, tmp_path):
-    row = {"n": 1, "low": 1, "high": 3, "reward_model": 2, "random": 0, "oracle": 8}
-    (tmp_path / "bon.json").write_text(json.dumps({"curve": [row, row | {"n": 2, "oracle": 9}]}))
-    make("--checkpoint=out/run", f"--bon={tmp_path / 'bon.json'}", f"--out={tmp_path / 'r.html'}")
-    text = text_of(read(tmp_path / "r.html"))
-    assert "9.00" in text and "worth of the response" in text
-
-
 def test_a_picture_shows_the_words_and_what_each_did_under_every_model(inside, tmp_path):
-    make("--checkpoint=out/run,out/run", f"--svg={tmp_path / 'p.svg'}", "--response=5")
+    other = torch.load("out/run/ckpt.pt", weights_only=True)
+    other["settings"] |= {"probs": "shuffled", "readout": "sum"}
+    torch.save(other, tmp_path / "other.pt")
+    make(f"--checkpoint=out/run,{tmp_path / 'other.pt'}", f"--svg={tmp_path / 'p.svg'}",
+         "--response=5")
     elements, dataset = read(tmp_path / "p.svg"), open_dataset("toy")
+    assert {"icrm", "icrm shuffled sum", "exact value"} <= {part.text for _, part in elements}
     split = dataset.split("val")
     response = split[2].responses[1]
     words = text_of(elements, **{"class": "word"})
-    assert words == dataset.tokenizer.decode(response).replace(" ", "") + "⏎"
+    assert words == dataset.tokenizer.decode(response).replace(" ", "\xa0") + "\xa0⏎"
     cells = [(part.get("class"), part.get("fill-opacity"))
              for tag, part in elements if tag == "rect"]
     first, second, exact = cells[0::3], cells[1::3], cells[2::3]
-    assert first == second != exact and len(exact) == len(response)
+    assert first != second != exact and len(exact) == len(response)
     assert int(elements[0][1].get("width")) <= 900
     V = split.of_responses(dataset.array("val", "exact-value"), 2)[1].tolist()
     steps = [V[t] - V[t - 1] if t else 0.0 for t in range(len(V))]
@@ -94,11 +91,15 @@ def test_markup_in_the_data_is_text_on_the_page(inside, tmp_path):
     assert not {tag for tag, _ in elements} & {"script", "img", "em"}
     assert prompt in text_of(elements)
     words = text_of(elements, **{"class": "word"})
-    assert "<script>alert(1)</script>" in words and "a</svg><imgsrc=x>" in words
+    assert "<script>alert(1)</script>" in words and "a</svg><img\xa0src=x>" in words
 
 
-def test_errors_are_one_line(inside, tmp_path):
+def test_errors_are_one_line(inside, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name a reward model"):
         make()
     with pytest.raises(UserError, match="--response must be at least 0 and at most 39"):
         make("--checkpoint=out/run", f"--svg={tmp_path / 'p.svg'}", "--response=40")
+    other = None, tokenizers.make("bpe:257", [])
+    monkeypatch.setattr(report, "load_generator", lambda folder, device: other)
+    with pytest.raises(UserError, match="the generator and the reward model read different"):
+        make("--checkpoint=out/run", f"--out={tmp_path / 'r.html'}")
