@@ -113,29 +113,6 @@ def open_dataset(name):
         raise UserError(f"{path} is damaged; make it again with {make}") from None
 
 
-class Line:
-    """The two arrays of a split, written as they come, whatever their length."""
-
-    def __init__(self, folder, name):
-        self.paths = [folder / f"{name}-{part}.npy" for part in ("tokens", "lengths")]
-        self.about = {"items": 0, "tokens": 0, "fingerprint": fingerprint()}
-
-    def add(self, rows):
-        """Append rows of (prompt, first, second), lists of token ids."""
-        lengths = np.array([[len(part) for part in row] for row in rows], "<i4").reshape(-1, 3)
-        tokens = np.fromiter(chain(*chain(*rows)), "<u4", lengths.sum())
-        self.about["items"] += len(rows)
-        self.about["tokens"] += len(tokens)
-        self.about["fingerprint"] = fingerprint(self.about["fingerprint"], tokens, lengths)
-        shapes = (self.about["tokens"],), (self.about["items"], 3)
-        for path, array, shape in zip(self.paths, (tokens, lengths), shapes):
-            with open(path, "r+b" if path.exists() else "wb") as file:
-                about = {"shape": shape, "fortran_order": False, "descr": array.dtype.str}
-                np.lib.format.write_array_header_1_0(file, about)   # leaves room for it to grow
-                file.seek(0, os.SEEK_END)
-                file.write(array)
-
-
 def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", left_out=None,
                   finish=None, **about):
     """Tokenise rows and write them as a dataset, all of it or none.
@@ -146,15 +123,15 @@ def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", lef
     left_out = Counter() if left_out is None else left_out
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as temporary:
-        lines = {split: Line(Path(temporary), split) for split in splits}
+        parts = {split: {"items": 0, "tokens": 0, "fingerprint": fingerprint()} for split in splits}
         for some in chunks(rows, ROWS):
             found = tokenise(some, tokenizer, block_size, left_out)
-            for split, line in lines.items():
-                line.add([row for name, row in found if name == split])
-        parts = {split: line.about for split, line in lines.items()}
+            for split, part in parts.items():
+                append([row for name, row in found if name == split], part, f"{temporary}/{split}")
         for split, part in parts.items():
             if not part["items"]:
-                raise UserError(f"nothing is left for {split}; left out: {listed(left_out)}")
+                raise UserError(f"nothing is left for {split}; left out: {listed(left_out)}; "
+                                "more rows may help")
         if finish:
             finish(Path(temporary))
         folder.mkdir(exist_ok=True)
@@ -167,6 +144,24 @@ def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", lef
             "left_out": left_out, "tokenizer": tokenizer.to_dict()})
     counts = ", ".join(f"{split} {part['items']}" for split, part in parts.items())
     print(f"wrote {folder}: {counts}; left out: {listed(left_out)}")
+
+
+def append(rows, part, start):
+    """Append rows of (prompt, first, second), lists of token ids, to the files of a split that
+    begin with start, and count them in part, what dataset.json says of it."""
+    lengths = np.array([[len(tokens) for tokens in row] for row in rows], "<i4").reshape(-1, 3)
+    tokens = np.fromiter(chain(*chain(*rows)), "<u4", lengths.sum())
+    part["items"] += len(rows)
+    part["tokens"] += len(tokens)
+    part["fingerprint"] = fingerprint(part["fingerprint"], tokens, lengths)
+    for path, array, count in ((f"{start}-tokens.npy", tokens, part["tokens"]),
+                               (f"{start}-lengths.npy", lengths, part["items"])):
+        with open(path, "r+b" if os.path.exists(path) else "wb") as file:
+            header = {"shape": (count, *array.shape[1:]), "fortran_order": False,
+                      "descr": array.dtype.str}
+            np.lib.format.write_array_header_1_0(file, header)      # leaves room for it to grow
+            file.seek(0, os.SEEK_END)
+            file.write(array)
 
 
 def tokenise(rows, tokenizer, block_size, left_out):

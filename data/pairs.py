@@ -16,7 +16,7 @@ import os
 import zlib
 from collections import Counter
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate, compress, product
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +67,7 @@ def read_items(path, parse, as_dialogue=False, left_out=None):
 
 
 def lines_of(path):
-    """The lines of a file, split at \\n or \\r\\n alone: texts may hold other line separators."""
+    """The lines of a file. Only \\n, \\r\\n and \\r end one: texts may hold U+2028 and its like."""
     try:
         opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig") as file:
@@ -124,7 +124,7 @@ def parse_candidates(row, as_dialogue=False):
     check_text("prompt", prompt)
     if not is_list_of(str, texts):
         raise BadRow("a response without text")
-    if not all(isinstance(value, (int, float)) and abs(value) < 1e30 for value in correct):
+    if not all(map(is_number, correct)):
         raise BadRow("a response without 'correct' or 'label' (true, false or a finite number)")
     answers = [name_of(one, "answer").strip() for one in responses]
     return [Item(prompt, tuple(texts), tuple(map(float, correct)),
@@ -132,7 +132,7 @@ def parse_candidates(row, as_dialogue=False):
 
 
 def parse_steps(row, as_dialogue=False):
-    """-> one item; its response are the steps joined by newlines"""
+    """-> one item; its response is the steps, joined by newlines"""
     steps, error = row.get("steps"), row.get("first_error")
     if not is_list_of(str, steps) or not all(step.strip() for step in steps):
         raise BadRow("no 'steps', or not a list of texts")
@@ -199,6 +199,11 @@ def check_text(name, text):
         raise BadRow(f"{name} is empty")
 
 
+def is_number(value):
+    """True and False are numbers too; no infinite one is, nor one too large for a float32."""
+    return isinstance(value, (int, float)) and abs(value) < 1e30
+
+
 def is_list_of(kind, value):
     return isinstance(value, list) and value != [] and all(isinstance(item, kind) for item in value)
 
@@ -225,12 +230,13 @@ def read_rows(parse, path, tokenizer, block_size, as_dialogue=False):
 
 def without_long(item, tokenizer, block_size, left_out):
     """Candidates without those that leave the prompt no room; all of them where none would stay."""
-    sizes = [len(tokenizer.encode_reply(text)) for text in item.responses]
-    kept = [i for i, size in enumerate(sizes) if size < block_size] or range(len(sizes))
-    if len(kept) < len(sizes):
-        left_out["a candidate as long as the context"] += len(sizes) - len(kept)
-    return item._replace(**{name: tuple(getattr(item, name)[i] for i in kept) for name in
-                            ("responses", "correct", "answers") if getattr(item, name)})
+    fits = [len(tokenizer.encode_reply(text)) < block_size for text in item.responses]
+    if all(fits) or not any(fits):
+        return item
+    left_out["a candidate as long as the context"] += fits.count(False)
+    responses, correct, answers = (
+        tuple(compress(column, fits)) for column in (item.responses, item.correct, item.answers))
+    return item._replace(responses=responses, correct=correct, answers=answers)
 
 
 read_pair_rows = partial(read_rows, parse_pairs)

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError, choose, in_range, run_script, show, write_text
 from data import tokenizer as tokenizers
 from data.dataset import dataset_folder, write_dataset
-from data.pairs import (TURN, BadRow, is_list_of, lines_of, parse_candidates, parse_pairs,
-                        read_items)
+from data.pairs import (TURN, BadRow, is_list_of, is_number, lines_of, parse_candidates,
+                        parse_pairs, read_items)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def from_hh(row):
 def from_unified(row):
     """Two conversations: the better rated one is chosen, equal ones are not kept."""
     ratings = row.get("conv_A_rating"), row.get("conv_B_rating")
-    if not all(isinstance(rating, (int, float)) for rating in ratings):
-        raise BadRow("conv_A_rating or conv_B_rating is missing")
+    if not all(map(is_number, ratings)):
+        raise BadRow("conv_A_rating or conv_B_rating is no number")
     if ratings[0] == ratings[1]:
         return None
     better, worse = ("conv_A", "conv_B") if ratings[0] > ratings[1] else ("conv_B", "conv_A")

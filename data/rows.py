@@ -72,12 +72,12 @@ def make_batch(rows, likelihoods=0, together=None):
             starts[i] = offset
             offset += groups[-1].tokens.size(1)
     before, places = [], []
-    for i, side in in_order(rows):
+    for side, i in in_order(rows):
         prompt, responses = rows[i].prompt, rows[i].responses
         first = starts[i] + len(prompt) + sum(map(len, responses[:side]))
         before.append(starts[i] + len(prompt) - 1)
         places.append(np.arange(first, first + len(responses[side])))
-    mask, places = pad([np.ones(len(part)) for part in places]).bool(), pad(places)
+    mask, places = pad([np.ones(len(part)) for part in places], dtype=bool), pad(places)
     before = torch.cat([torch.tensor(before)[:, None], places[:, :-1]], 1)              # (R, T)
     tokens = torch.cat([group.tokens.flatten() for group in groups])                    # (N,)
     asked = mask[:likelihoods]
@@ -90,37 +90,28 @@ def make_targets(probs):
     """p of the tokens of both responses of each pair -> what the objective sees beside rewards,
     chosen responses first: mask (2B, T) bool, True on response tokens; probs (2B, T-1), p of
     response token t+1 at t, 0 on padding."""
-    sides = [side[k] for k in (0, 1) for side in probs]
-    mask = pad([np.ones(len(p)) for p in sides]).bool()
-    return mask, pad([p[1:] for p in sides], mask.size(1) - 1, np.float32)
+    sides = [pair[side] for side in (0, 1) for pair in probs]
+    mask = pad([np.ones(len(p)) for p in sides], dtype=bool)
+    return mask, pad([p[1:] for p in sides], dtype=np.float32)
 
 
 def make_group(rows):
     """Rows -> Group."""
-    longest = max(row.size for row in rows)
-    tokens, positions, segments = np.zeros((3, len(rows), longest), np.int64)
-    segments -= 1
-    for i, row in enumerate(rows):
-        end = 0
-        for segment, part in enumerate((row.prompt, *row.responses)):
-            here = slice(end, end + len(part))
-            tokens[i, here] = part
-            positions[i, here] = np.arange(len(part)) + (len(row.prompt) if segment else 0)
-            segments[i, here] = segment
-            end += len(part)
+    tokens, positions, segments = [], [], []
+    for prompt, responses, _ in rows:
+        after = [len(prompt) + np.arange(len(part)) for part in responses]
+        tokens.append(np.concatenate([prompt, *responses]).astype(np.int64))
+        positions.append(np.concatenate([np.arange(len(prompt)), *after]))
+        segments.append(np.repeat(np.arange(1 + len(after)), [len(prompt), *map(len, after)]))
     several = any(sum(len(part) > 0 for part in row.responses) > 1 for row in rows)
-    tokens, positions, segments = map(torch.from_numpy, (tokens, positions, segments))
-    below = None
-    if rows[0].below is not None:
-        below = torch.zeros(len(rows), longest, rows[0].below.shape[1], dtype=torch.float16)
-        for states, row in zip(below.numpy(), rows):
-            states[:row.size] = row.below
-    return Group(tokens, positions, segments if several else None, below)
+    below = None if rows[0].below is None else pad([row.below for row in rows], 0, np.float16)
+    return Group(pad(tokens), pad(positions), pad(segments, -1) if several else None, below)
 
 
-def pad(arrays, width=0, dtype=np.int64):
-    """Arrays -> tensor (arrays, the longest or width), zeros behind each."""
-    padded = np.zeros((len(arrays), max(width, *map(len, arrays))), dtype)
+def pad(arrays, value=0, dtype=np.int64):
+    """Arrays -> tensor (arrays, the longest, ...), the value behind each."""
+    longest = max(map(len, arrays))
+    padded = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype)
     for i, array in enumerate(arrays):
         padded[i, :len(array)] = array
     return torch.from_numpy(padded)
@@ -152,15 +143,13 @@ def in_batches(rows, tokens=2 ** 14, similar=np.inf):
 
 
 def in_order(rows):
-    """(row's number, side) of the responses as a Batch has them: first every row's first, ..."""
-    most = max(len(row.responses) for row in rows)
-    return [(i, side) for side in range(most) for i, row in enumerate(rows)
-            if side < len(row.responses)]
+    """(side, row's number) of the responses as a Batch has them: first every row's first, ..."""
+    return sorted((side, i) for i, row in enumerate(rows) for side in range(len(row.responses)))
 
 
 def in_row_order(values, rows):
     """One value per response in a Batch's order -> the same, row by row: a list for each row."""
     found = [[] for _ in rows]
-    for (i, _), value in zip(in_order(rows), values):
+    for (_, i), value in zip(in_order(rows), values):
         found[i].append(value)
     return found

@@ -9,7 +9,7 @@ import generator
 import train
 from config import parse
 from data.toy.prepare import ToyConfig
-from data.toy.prepare import prepare as prepare_toy
+from data.toy.prepare import main as prepare_toy
 from model import ModelConfig, RewardModel
 
 torch.set_num_threads(1)     # the models are tiny, and the machine may be busy

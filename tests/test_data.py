@@ -292,20 +292,23 @@ def test_hh_rlhf_and_unified_feedback_rows_are_two_dialogues_with_one_prompt(her
     assert list(dataset.about["left_out"].values()) == [2]      # they part before the last reply
     rows = [{"conv_A": messages(f"q {i}", "good"), "conv_B": messages(f"q {i}", "bad"),
              "conv_A_rating": float(i % 3), "conv_B_rating": 1.0} for i in range(60)]
-    train, val, dataset = run(*rows, {"conv_A": []}, source="unified_feedback", every=2)
+    bad = [{"conv_A": []}, rows[0] | {"conv_A_rating": float("nan")}]
+    train, val, dataset = run(*rows, *bad, source="unified_feedback", every=2)
     assert sorted(train + val) == sorted(       # equal ratings are dropped first
         (text.format(i), " good", " bad") if i % 3 else (text.format(i), " bad", " good")
         for i in [i for i in range(60) if i % 3 != 1][::2])
-    assert list(dataset.about["left_out"]) == ["conv_A_rating or conv_B_rating is missing"]
+    assert dataset.about["left_out"] == {"conv_A_rating or conv_B_rating is no number": 2}
 
 
 @pytest.mark.parametrize("settings, message", [
     *[({"source": name}, "--input=FILE") for name in prepare.SOURCES],
     ({"name": "mine"}, "--source=NAME"), ({"source": "other"}, "choose one of: hh_rlhf"),
     ({"name": "../x", "input": "x"}, "one folder"), ({"input": "x", "val_share": 1.5}, "at most 1"),
-    ({"name": "x", "input": "nowhere.jsonl"}, "No such file")])
+    ({"name": "x", "input": "nowhere.jsonl"}, "No such file"),
+    ({"name": "x", "input": "one.jsonl"}, "nothing is left for .*; more rows may help")])
 def test_a_wrong_setting_and_a_hub_out_of_reach_are_one_line(here, monkeypatch, settings, message):
     monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
+    write(here / "one.jsonl", GOOD)
     with pytest.raises(UserError, match=message):
         run(**settings)
 

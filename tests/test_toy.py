@@ -15,7 +15,8 @@ from data import tokenizer as tokenizers
 from data.dataset import open_dataset
 from data.probs import PROBS, Probs
 from data.toy.prepare import ToyConfig, main
-from data.toy.world import EVIDENCE, QUALITY, REMARK, State, World, gold, pairs, split_worlds
+from data.toy.world import (EVIDENCE, KINDS, QUALITY, REMARK, State, World, gold, pairs,
+                            split_worlds)
 
 SPLITS = split_worlds(World())
 WORLDS = [World(), World(late=3), World(fillers=1), World(fillers=144), World(fidelity=0.5),
@@ -61,6 +62,17 @@ def test_every_word_is_one_token_and_the_chances_of_all_that_can_follow_sum_to_o
         assert total == pytest.approx(1.0)
 
 
+def test_a_text_is_marked_at_its_first_token_where_others_begin_with_the_same_one():
+    bpe = tokenizers.make("bpe:257", [])        # single bytes
+    world, rng, state, tokens, kinds = World(), random.Random(5), State(), [], []
+    while options := world.choices(state):
+        _, kind, piece, state = rng.choices(options, [p for p, *_ in options])[0]
+        tokens += bpe.encode(piece)
+        kinds += [KINDS.get(kind, 0)] + [0] * (len(bpe.encode(piece)) - 1)
+    trace = world.trace([*tokens, bpe.end_of_text], bpe.encode, bpe.end_of_text)
+    assert [kind for *_, kind in trace] == [*kinds, 0] and set(kinds) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("late", [0, 3])
 @pytest.mark.parametrize("done, so_far, pending", [
     (0, 0, None), (3, 1, None), (4, -2, 40), (5, 1, 3), (6, 1, None)])
@@ -84,7 +96,7 @@ def test_the_settings_of_a_world_change_what_they_say():
     assert swapped == {remark for remark, sign in zip(REMARK, QUALITY) if sign == -QUALITY[5]}
     kinds = [{kind for _, kind, *_ in World(late=3).choices(State(step))} for step in range(4, 10)]
     assert kinds == [{"filler"}] * 3 + [{"filler", "evidence"}] * 3
-    fillers = (len(set(World(fillers=n, evidence=0).choices(State(4)))) for n in (1, 24, 144))
+    fillers = (len(set(World(fillers=n).choices(State(4)))) - len(EVIDENCE) for n in (1, 24, 144))
     assert list(fillers) == [1, 24, 144]
 
 
@@ -103,7 +115,7 @@ def toy(tmp_path_factory):
     """A prepared dataset of 200 training pairs; its folder is of a generator with the exact p."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("toy"))
-        main(ToyConfig(name="toy-1", seed=1, train=200, test=5, late=2, noise=0.3))
+        main(ToyConfig(name="toy-1", seed=1, train=200, test=5, fillers=100, noise=0.3))
         dataset = open_dataset("toy-1")
         np.save(dataset.folder / "p.npy", dataset.array("train", "exact-p"))
         about = json.dumps({"data": dataset.fingerprint, "fingerprint": "1"})
@@ -113,7 +125,7 @@ def toy(tmp_path_factory):
 
 def test_what_is_known_of_the_tokens_stands_at_their_places(toy):
     worlds = split_worlds(World(**toy.about["world"]))
-    assert toy.kind == "toy" and worlds["train"] == World(late=2)
+    assert toy.kind == "toy" and worlds["train"] == World(fillers=100)
     for name, world in worlds.items():
         split, wrong = toy.split(name), []
         p, V, kind = (toy.array(name, part) for part in ("exact-p", "exact-value", "kind"))
@@ -146,5 +158,5 @@ def test_p_of_other_data_and_settings_that_make_no_world_are_refused(toy, tmp_pa
     (tmp_path / "p.json").write_text(json.dumps({"data": "other", "fingerprint": "1"}))
     with pytest.raises(UserError, match="written for other data than data/toy-1"):
         Probs("generator", toy, tmp_path)
-    with pytest.raises(UserError, match="late"):
-        main(ToyConfig(name="toy-1", late=6))
+    with pytest.raises(UserError, match="fidelity"):
+        main(ToyConfig(name="toy-1", fidelity=2.0))

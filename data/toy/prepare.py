@@ -34,19 +34,6 @@ class ToyConfig:
     fillers: int = 24       # different filler clauses
 
 
-def prepare(config):
-    usual = World(fidelity=config.fidelity, remarks=config.remarks, late=config.late,
-                  fillers=config.fillers)
-    worlds = split_worlds(usual)
-    texts = {split: pairs(world, config.test, f"{config.seed} {split}")
-             for split, world in worlds.items()}
-    texts["train"] = list(pairs(usual, config.train, f"{config.seed} train", config.noise))
-    tokenizer = tokenizers.make("bpe:1280", [text for three in texts["train"] for text in three])
-    rows = ((split, *three) for split in texts for three in texts[split])
-    write_dataset(dataset_folder(config.name), rows, worlds, tokenizer, block_size=160, kind="toy",
-                  finish=partial(write_truth, worlds, tokenizer), world=asdict(usual))
-
-
 def write_truth(worlds, tokenizer, folder):
     """Write what the worlds know of every response token as arrays beside the tokens."""
     encode = lru_cache(maxsize=None)(tokenizer.encode)
@@ -67,7 +54,16 @@ def main(config):
     in_range(config, 0, World.clauses - 1, "late")
     in_range(config, 1, len(NEUTRAL), "fillers")
     choose("remarks", config.remarks, ("usual", "random", "opposite"))
-    prepare(config)
+    usual = World(fidelity=config.fidelity, remarks=config.remarks, late=config.late,
+                  fillers=config.fillers)
+    worlds = split_worlds(usual)
+    texts = {split: pairs(world, config.test, f"{config.seed} {split}")
+             for split, world in worlds.items()}
+    texts["train"] = list(pairs(usual, config.train, f"{config.seed} train", config.noise))
+    tokenizer = tokenizers.make("bpe:1280", [text for three in texts["train"] for text in three])
+    rows = ((split, *three) for split in texts for three in texts[split])
+    write_dataset(dataset_folder(config.name), rows, worlds, tokenizer, block_size=160, kind="toy",
+                  finish=partial(write_truth, worlds, tokenizer), world=asdict(usual))
 
 
 if __name__ == "__main__":

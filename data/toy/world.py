@@ -74,12 +74,12 @@ class World:
         if state.pending is not None:
             return [(p, "remark", f" {REMARK[i]}{mark}", done)
                     for i, p in enumerate(self.remark_probabilities(state.pending)) if p > 0]
-        share, neutral = self.evidence * (clause >= self.late), NEUTRAL[:self.fillers]
+        share = self.evidence * (clause >= self.late)
         found = [(share / len(EVIDENCE), "evidence", f" {phrase},",
                   State(step, state.gold + QUALITY[i], i))
                  for i, phrase in enumerate(EVIDENCE) if share]
-        return found + [((1 - share) / len(neutral), "filler", f" {fact}{mark}", done)
-                        for fact in neutral]
+        return found + [((1 - share) / self.fillers, "filler", f" {fact}{mark}", done)
+                        for fact in NEUTRAL[:self.fillers]]
 
     def remark_probabilities(self, evidence):
         """Probability of each of the 60 remarks behind a piece of evidence."""
@@ -125,24 +125,23 @@ class World:
     def trace(self, tokens, encode, end_of_text):
         """What the world knows of a response's tokens, end-of-text last, by the forward algorithm:
         of each its exact probability given all before it, the exact value of the prefix that ends
-        with it, and its kind (KINDS). A token that it could not have written is a ValueError."""
+        with it, and its kind (KINDS), told where a text ends: several may begin alike. A token that
+        it could not have written is a ValueError."""
         known, rows = [Hypothesis(1.0, "", (), State())], []
         for token in tokens:
-            first = not known[0].ahead
-            if first:       # predict the texts that may follow, observe how they begin
-                known = [following._replace(weight=one.weight * following.weight)
-                         for one in known
-                         for following in self.texts_after(one.after, encode, end_of_text)
-                         if following.ahead[0] == token]
-            else:           # observe one more token
-                known = [one for one in known if one.ahead[0] == token]
+            if not known[0].ahead:      # a text has ended, alone: predict those that may follow
+                first = len(rows)
+                known = self.texts_after(known[0].after, encode, end_of_text)
+            known = [one for one in known if one.ahead[0] == token]             # observe
             if not known:
                 raise ValueError(f"token {len(rows)} is none that this world could have written")
             p = sum(one.weight for one in known)
             value = sum(one.weight * self.value(one.after) for one in known) / p
-            rows.append((p, value, KINDS.get(known[0].kind, 0) if first else 0))
+            rows.append([p, value, 0])
             known = [one._replace(weight=one.weight / p, ahead=one.ahead[1:])   # renormalise
                      for one in known]
+            if not known[0].ahead:
+                rows[first][2] = KINDS.get(known[0].kind, 0)
         return rows
 
     @lru_cache(maxsize=None)
