@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import HERE, choose, in_range, run_script, show
+from config import HERE, autocast, choose, in_range, pick_device, run_script, show
 from data.rows import Row, make_batch, make_targets
 from model import LanguageModel, ModelConfig
-from train import (REGULARIZERS, RewardModel, autocast, forward, make_optimizer, normalised,
-                   outcome, pick_device, read_out, update)
+from train import (REGULARIZERS, RewardModel, bradley_terry, forward, make_optimizer, normalised,
+                   read_out, update)
 
 STEPS = ("padded, p at each step", "padded, p stored", "train.py's step")
 
@@ -85,7 +85,7 @@ class Bench:
             batch = make_batch(rows, B) if name == STEPS[2] else padded(rows, B)
             a, lm = forward(self.model, batch.to(self.device), B, 1.0)  # (2B, T), ()
         r = read_out(a, mask, "last")
-        bt, _ = outcome(r, mask)
+        bt, _ = bradley_terry(r, mask)
         reg, self.S = normalised(*REGULARIZERS["icrm"](r, p, mask), self.S)
         (lm + 0.5 * reg + 0.5 * bt).backward()
         update(self.model, self.optimizer, 1e-5)

@@ -11,9 +11,11 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 TINY = 1e-9     # as good as 0 for a setting that must not be 0
 LAYOUT = 2      # of checkpoints and datasets; another number is made again
+TAKES = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 class UserError(Exception):
@@ -39,62 +42,51 @@ def run_script(config_class, main):
         sys.exit("interrupted; a training run goes on with --resume=True")
 
 
-def run_other(script, **settings):
-    """Run another of our scripts as a command; its failure, already explained, is ours."""
+def run_other(script, quiet=False, **settings):
+    """Run another of our scripts as a command. quiet: show what it prints only where it fails."""
     arguments = [f"--{key}={value}" for key, value in settings.items()]
-    print("+ python", script, *arguments, flush=True)
-    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
-    done = subprocess.run([sys.executable, HERE / script, *arguments], env=environment)
+    if not quiet:
+        print("+ python", script, *arguments, flush=True)
+    done = subprocess.run([sys.executable, HERE / script, *arguments], capture_output=quiet,
+                          text=True)
     if done.returncode:
-        raise UserError(f"python {script} did not finish; see above")
+        why = done.stderr.strip() if quiet else "see above"
+        raise UserError(f"python {script} {' '.join(arguments)} failed: {why}")
 
 
 def parse(config_class, arguments):
     """['--key=value', ...] -> config_class. The value is all that follows the first '='."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(config_class)}
     values = {}
     for argument in arguments:
         if argument in ("--help", "-h"):
-            print(inspect.getmodule(config_class).__doc__.strip(), *usage(config_class), sep="\n")
+            print(inspect.getmodule(config_class).__doc__, *usage(config_class), sep="\n")
             sys.exit(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
             raise UserError(f"cannot read {argument!r}; write --key=value (--help lists them)")
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)
             raise UserError(f"unknown setting --{key}; did you mean --{near[0]}? (or see --help)")
-        values[key] = convert(key, text, type(fields[key].default))
+        kind = kinds[key]
+        try:
+            values[key] = {"True": True, "False": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f"--{key} takes {TAKES[kind]}, not {text!r}") from None
     return config_class(**values)
-
-
-def convert(key, text, kind):
-    """The text of one setting as a value of its default's type."""
-    if kind is bool:
-        if text not in ("True", "False"):
-            raise UserError(f"--{key} takes True or False, not {text!r}")
-        return text == "True"
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise UserError(f"--{key} takes {wanted}, not {text!r}") from None
 
 
 def usage(config_class):
     """One line per setting: its name, its default and its trailing comment in the source."""
-    comments = {}
-    for line in inspect.getsource(config_class).splitlines():
-        name, _, comment = line.partition("#")
-        comments[name.partition(":")[0].strip()] = comment.strip()
-    return ["", "settings:"] + [f"  --{field.name}={field.default}  {comments[field.name]}"
-                                for field in dataclasses.fields(config_class)]
+    source = inspect.getsource(config_class)
+    comments = re.findall(r"^ +(\w+): .*?# (.*)$", source, flags=re.MULTILINE)
+    return [f"  --{name}={getattr(config_class, name)}  {comment}" for name, comment in comments]
 
 
 def show(config):
     """Print the settings that are not their defaults."""
-    changed = [f"--{field.name}={getattr(config, field.name)}"
-               for field in dataclasses.fields(config)
-               if getattr(config, field.name) != field.default]
+    changed = [f"--{name}={value}" for name, value in vars(config).items()
+               if value != getattr(type(config), name)]
     print("settings:", "  ".join(changed) or "all defaults (--help lists them)")
 
 
@@ -114,14 +106,36 @@ def choose(name, value, options):
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(options)}")
 
 
+# Devices ----------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; sets the whole process's switches."""
+    choose("device", name.partition(":")[0], ("auto", "cpu", "cuda"))
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=best if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from None
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
+    return device
+
+
+def autocast(device, dtype):
+    """Mixed precision for a forward pass: 'auto' is bfloat16 on CUDA and float32 elsewhere."""
+    choose("dtype", dtype, ("auto", "float32", "bfloat16"))
+    low = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
 # Files ------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
     """Call write(temporary_path), flush it to disk and rename it to path: all of it or none."""
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -129,8 +143,7 @@ def write_atomically(path, write):
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error})") from None
     finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -159,13 +172,13 @@ def read_json(path, made_by):
 
 
 def fingerprint(*parts):
-    """A sha256 over tensors, contiguous arrays, strings and dictionaries of them."""
+    """A sha256 over tensors, arrays, strings and dictionaries of them."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, dict):
             part = "".join(f"{key}:{fingerprint(value)}" for key, value in sorted(part.items()))
         if isinstance(part, torch.Tensor):
-            part = part.detach().cpu().contiguous().numpy()
+            part = part.numpy(force=True)
         digest.update(part.encode() if isinstance(part, str) else part.reshape(-1))
     return digest.hexdigest()
 
@@ -189,6 +202,13 @@ def load_checkpoint(path, *kinds):
     return checkpoint
 
 
+def save_tensors(checkpoint, path):
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:       # what it makes of a full disk
+        raise OSError(str(error).splitlines()[0]) from None
+
+
 def check_finite(step, *values):
     """Stop the run where a loss or a gradient is not a number; the checkpoint before it stays."""
     if not all(map(math.isfinite, values)):
@@ -207,20 +227,19 @@ class Run:
 
     def __init__(self, kind, config, inputs, writes=True):
         self.folder, self.kind, self.writes = Path(config.out_dir), kind, writes
-        settings = dataclasses.asdict(config)
-        self.settings = {key: settings[key] for key in settings if key not in self.FREE}
+        self.settings = {key: value for key, value in vars(config).items() if key not in self.FREE}
         self.inputs, self.checkpoint = inputs, None
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file, not a folder for a run")
         if config.resume:
             self.checkpoint = load_checkpoint(self.folder, kind)
             self.refuse_others()
-        elif self.writes and self.holds_run(self.folder):
+        elif writes and self.holds_run(self.folder):
             previous = Path(f"{self.folder}.previous")
             if self.holds_run(previous):
                 shutil.rmtree(previous)
             self.folder.rename(previous)
             print(f"the run that was in {self.folder} is kept as {previous}")
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
     def holds_run(folder):
@@ -253,7 +272,6 @@ class Run:
     def log(self, record):
         """Append one line to log.jsonl."""
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -263,5 +281,4 @@ class Run:
                           step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                           **more)
         if self.writes:
-            write_atomically(self.folder / "ckpt.pt",
-                             lambda temporary: torch.save(checkpoint, temporary))
+            write_atomically(self.folder / "ckpt.pt", partial(save_tensors, checkpoint))

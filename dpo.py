@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (TINY, Run, UserError, check_finite, fingerprint, in_range, run_script,
+from config import (TINY, Run, UserError, autocast, check_finite, fingerprint, in_range, run_script,
                     show, write_json)
 from data.dataset import open_dataset
 from data.rows import Row, batch_of, make_batch
 from data.toy.world import gold
 from evaluate import check_fit, final_rewards, load_reward_model, print_lines, text_of
 from generator import finished, load_generator, response_logprobs, sample_rows
-from model import LanguageModel, autocast, learning_rate, make_optimizer, update
+from model import LanguageModel, learning_rate, make_optimizer, update
 
 WARMUP, LOG_EVERY, SAVE_EVERY = 10, 10, 30  # updates
 ANSWERS = 8     # responses to every held-out prompt
@@ -132,11 +132,11 @@ def train_policy(config, reference, tokenizer, pairs, logprobs, run):
 
 # What the policy is worth ------------------------------------------------------------------------
 
-def describe(rows, reward_model, tokenizer, is_toy):
+def describe(rows, reward_model, dataset):
     """Responses to held-out prompts -> metrics; reward: of those that ended (None: none did)."""
-    texts = [tokenizer.decode(response) for row in rows for response in row.responses]
-    rewards = np.concatenate(final_rewards(reward_model, finished(rows, tokenizer)))
-    found = {"gold": float(np.mean(list(map(gold, texts))))} if is_toy else {}
+    texts = [dataset.tokenizer.decode(response) for row in rows for response in row.responses]
+    rewards = np.concatenate(final_rewards(reward_model, finished(rows, dataset.tokenizer)))
+    found = {"gold": float(np.mean(list(map(gold, texts))))} if dataset.kind == "toy" else {}
     return found | {"reward": float(rewards.mean()) if len(rewards) else None,
                     "finished": len(rewards) / len(texts),
                     "length": float(np.mean([len(part) for row in rows for part in row.responses])),
@@ -152,15 +152,14 @@ def win_rate(judge, ours, theirs):
     return float(np.mean(shares)), float(1.96 * np.std(shares, ddof=1) / len(shares) ** 0.5)
 
 
-def compare(policy, reference, reward_model, judge, tokenizer, prompts, config, is_toy):
+def compare(policy, reference, reward_model, judge, dataset, prompts, config):
     """Both answer held-out prompts: prints and -> results. kl: mean over the policy's responses of
     log pi(y) - log pi_ref(y), an estimate of KL(pi || pi_ref)."""
-    theirs, ours = (sample_rows(model, tokenizer, prompts, ANSWERS, config.seed,
+    theirs, ours = (sample_rows(model, dataset.tokenizer, prompts, ANSWERS, config.seed,
                                 config.max_new_tokens) for model in (reference, policy))
-    results = {"generator": describe(theirs, reward_model, tokenizer, is_toy),
-               "policy": describe(ours, reward_model, tokenizer, is_toy)}
-    ratios = np.stack(sums(policy, ours)) - np.stack(sums(reference, ours))     # (prompts, ANSWERS)
-    results["policy"]["kl"] = float(ratios.mean())
+    results = {"generator": describe(theirs, reward_model, dataset),
+               "policy": describe(ours, reward_model, dataset)}
+    results["policy"]["kl"] = float(np.mean(np.subtract(sums(policy, ours), sums(reference, ours))))
     print_lines([[f"{len(prompts)} held-out prompts", *results]] + [
         [key, *(text_of(part.get(key)) for part in results.values())] for key in results["policy"]])
     if judge:
@@ -195,8 +194,7 @@ def main(config):
                                  "reward model": fingerprint(reward_model.state_dict())})
     pairs, logprobs = make_pairs(reference, reward_model, tokenizer, prompts, config)
     policy = train_policy(config, reference, tokenizer, pairs, logprobs, run)
-    results = compare(policy, reference, reward_model, judge, tokenizer, held_out, config,
-                      dataset.kind == "toy")
+    results = compare(policy, reference, reward_model, judge, dataset, held_out, config)
     results |= {"pairs": len(pairs), "settings": dataclasses.asdict(config)}
     write_json(Path(config.out_dir) / "results.json", results)
     print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, results.json")

@@ -21,12 +21,13 @@ import torch
 from benchmarks import (best_threshold, compare_with_truth, first_error_scores, print_benchmarks,
                         print_lines, reliability, rewardbench_sections, rm_bench, share_right,
                         text_of)
-from config import UserError, load_checkpoint, read_json, run_script, show, write_json
+from config import (UserError, load_checkpoint, pick_device, read_json, run_script, show,
+                    write_json)
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_dataset
 from data.pairs import read_pair_rows, read_step_rows
 from data.rows import Row, in_batches, in_row_order, make_batch
-from model import ModelConfig, RewardModel, load_weights, pick_device
+from model import ModelConfig, RewardModel, load_weights
 from regularizer import read_out
 
 AT_ONCE = 8     # responses in one row: attention over a row costs its length squared
@@ -161,11 +162,11 @@ def evaluate_split(model, dataset, name):
     return {name: results}
 
 
-def evaluate_splits(model, dataset):
-    """Every split of a Dataset but the training one -> {split: metrics}."""
-    found = {}
+def evaluate_splits(model, dataset, known=None):
+    """Every split of a Dataset but the training one -> {split: metrics}; known: of some, found."""
+    found = dict(known or {})
     for name in dataset.about["splits"]:
-        if name != "train":
+        if name != "train" and name not in found:
             found |= evaluate_split(model, dataset, name)
     return found
 

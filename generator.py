@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import (TINY, Run, UserError, check_finite, fingerprint, in_range, load_checkpoint,
-                    run_script, show, write_json)
+from config import (TINY, Run, UserError, autocast, check_finite, fingerprint, in_range,
+                    load_checkpoint, pick_device, run_script, show, write_json)
 from data import tokenizer as tokenizers
 from data.dataset import ROWS, chunks, open_array, open_dataset, write_array
 from data.rows import Row, batch_of, in_batches, in_row_order, make_batch
-from model import (KVCache, LanguageModel, ModelConfig, autocast, frozen_language_model,
-                   learning_rate, length_normalised_nll, load_weights, make_optimizer, pick_device,
-                   update)
+from model import (KVCache, LanguageModel, ModelConfig, frozen_language_model, learning_rate,
+                   length_normalised_nll, load_weights, make_optimizer, update)
 from pretrained import read_folder
 
 LOG_EVERY, SAVE_EVERY = 100, 250    # updates

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, choose
+from config import UserError
 
 LOGITS = 2 ** 26                # logits in memory at once, a quarter of a GiB in fp32
 WEIGHT_DECAY, CLIP = 0.1, 1.0   # of matrices; the largest gradient norm
@@ -289,23 +289,3 @@ def update(model, optimizer, rate):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def pick_device(name):
-    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device; sets the whole process's switches."""
-    choose("device", name.partition(":")[0], ("auto", "cpu", "cuda"))
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from None
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cuda.enable_cudnn_sdp(False)     # it would plan anew for every length of rows
-    return device
-
-
-def autocast(device, dtype):
-    """Mixed precision for a forward pass: 'auto' is bfloat16 on CUDA and float32 elsewhere."""
-    choose("dtype", dtype, ("auto", "float32", "bfloat16"))
-    low = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)

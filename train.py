@@ -27,15 +27,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (HERE, Run, UserError, check_finite, choose, fingerprint, in_range,
-                    load_checkpoint, run_other, run_script, show, write_json)
+from config import (HERE, Run, UserError, autocast, check_finite, choose, fingerprint, in_range,
+                    load_checkpoint, pick_device, run_other, run_script, show, write_json)
 from data.dataset import open_dataset
 from data.frozen import store_states
 from data.probs import PROBS, Probs
 from data.rows import batch_of, make_batch, make_targets
 from evaluate import evaluate_split, evaluate_splits, print_table
-from model import (RewardModel, autocast, frozen_language_model, learning_rate,
-                   length_normalised_nll, make_optimizer, pick_device, token_logprobs, update)
+from model import (RewardModel, frozen_language_model, learning_rate, length_normalised_nll,
+                   make_optimizer, token_logprobs, update)
 from regularizer import READOUTS, REGULARIZERS, last_tokens, read_out
 
 SHOWN = {"bt": "bt", "accuracy": "accuracy", "margin": "margin", "reg": "reg", "lm": "lm",
@@ -69,26 +69,16 @@ class TrainConfig:
 
 # The objective ----------------------------------------------------------------------------------
 
-def bradley_terry(last):
-    """L_BT = -log sigma(r_last^w - r_last^l), mean over pairs; and margins.  (2B,) -> (), (B,)"""
-    chosen, rejected = last.chunk(2)        # (B,) each
-    return -F.logsigmoid(chosen - rejected).mean(), chosen - rejected
+def bradley_terry(rewards, mask):
+    """L_BT = -log sigma(r_last^w - r_last^l), mean over items; and the differences, the margins.
 
-
-def label_cross_entropy(last, there):
-    """The pointwise L_BT: -log sigma(r_last) of correct responses (first half), of incorrect ones
-    -log(1 - sigma(r_last)); and the margins. `there`: which exist.  (2B,), (2B,) -> (), (B,)"""
-    correct, incorrect = last.chunk(2)
-    margins = torch.cat([correct, -incorrect])[there]
-    return -F.logsigmoid(margins).mean(), margins
-
-
-def outcome(rewards, mask):
-    """What is known of whole responses: L_BT of pairs, or the labels' cross-entropy where each item
-    has a response on one side only; and the margins.  (2B, T), (2B, T) -> (), (B,)"""
+    A side without a response counts as r_last = 0, so a labelled response has binary cross-entropy:
+    -log sigma(r_last) where it is correct, -log(1 - sigma(r_last)) where it is not.
+    (2B, T), (2B, T) -> (), (B,)"""
     last = torch.where(last_tokens(mask), rewards, 0.0).sum(1)              # (2B,)
-    there = mask[:, 0]                                                      # (2B,)
-    return bradley_terry(last) if there.all() else label_cross_entropy(last, there)
+    chosen, rejected = last.chunk(2)
+    margins = chosen - rejected
+    return -F.logsigmoid(margins).mean(), margins
 
 
 def normalised(penalty, scale, S):
@@ -112,11 +102,11 @@ def forward(model, batch, responses, lm_weight):
 
 
 def train(config, dataset, probs, team):
-    """-> the trained RewardModel"""
-    data, regularize = dataset.split("train"), REGULARIZERS[config.regularizer]
+    """-> the trained RewardModel, and what the last look at val found"""
+    regularize, precision = REGULARIZERS[config.regularizer], autocast(team.device, config.dtype)
     lam = 0.0 if config.regularizer == "none" else config.reg_weight
-    precision = autocast(team.device, config.dtype)
     model, optimizer, run, first = start(config, dataset, probs, team)
+    data, val = dataset.split("train"), {}
     S = torch.tensor(run.checkpoint["S"] if first else 0.5, device=team.device)
     print(" step" + "".join(f"{name:>10}" for name in SHOWN.values()))
     for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first,
@@ -132,7 +122,7 @@ def train(config, dataset, probs, team):
             a, lm = forward(model, batch, responses, config.lm_weight)      # (2b, t), ()
         a = team.join(a, mask.shape)                                        # (2B, T)
         r = read_out(a, mask, config.readout)                               # (2B, T)
-        bt, margins = outcome(r, mask)
+        bt, margins = bradley_terry(r, mask)
         reg, S = normalised(*regularize(r, p, mask), S)
         loss = config.lm_weight * lm + lam * reg + (1 - lam) * bt
         loss.backward()
@@ -146,26 +136,26 @@ def train(config, dataset, probs, team):
         if done % config.log_interval == 0 or looks:
             terms = {"bt": bt, "accuracy": (margins > 0).float().mean(), "margin": margins.mean(),
                      "reg": reg, "lm": lm, "grad_norm": norm, "S": S}
-            log(run, done, terms, rate, model, dataset, looks and team.first)
+            val = evaluate_split(model, dataset, "val") if looks and team.first else {}
+            log(run, done, rate, terms, val)
         if looks:
             run.save(done, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
                      model_config=dataclasses.asdict(model.model.config),
                      tokenizer=dataset.tokenizer.to_dict())
-    return model
+    return model, val
 
 
 def start(config, dataset, probs, team):
     """The model, new from the generator's weights or as the checkpoint has it.
     -> RewardModel, optimizer, Run, number of the first step"""
-    checkpoint = load_checkpoint(config.generator, "generator", "policy")
+    checkpoint = load_checkpoint(config.generator, "generator")
     generator = frozen_language_model(checkpoint, config.generator)
     torch.manual_seed(config.seed)
     model = RewardModel.from_generator(generator, config.readout).to(team.device).train()
     if config.unfrozen:
         freeze(model.model, config, dataset, team)
-    code = (HERE / "regularizer.py").read_text(encoding="utf-8")
     inputs = {"data": dataset.fingerprint, "p": probs.fingerprint,
-              "regularizer.py": fingerprint(code)}
+              "regularizer.py": fingerprint((HERE / "regularizer.py").read_text(encoding="utf-8"))}
     run = Run("reward model", config, inputs, writes=team.first)
     model.model.recompute = config.recompute
     if config.compile:
@@ -184,15 +174,13 @@ def freeze(trunk, config, dataset, team):
                          for split in ("train", "val")}
 
 
-def log(run, step, terms, rate, model, dataset, looks):
-    """Write and print one line of the log, with a look at val where it `looks`."""
-    record = {"step": step} | {name: value.item() for name, value in terms.items()}
-    record["learning_rate"] = rate
+def log(run, step, rate, terms, val):
+    """Write and print one line of the log, with what a look at val found, if there was one."""
+    record = {"step": step, "learning_rate": rate}
+    record |= {name: value.item() for name, value in terms.items()}
     check_finite(step, *record.values())
-    if looks:
-        found = evaluate_split(model, dataset, "val")["val"]
-        record |= {f"val_{key}": found[key] for key in ("accuracy", "correlation")
-                   if key in found}
+    found = val.get("val", {})
+    record |= {f"val_{key}": found[key] for key in ("accuracy", "correlation") if key in found}
     run.log(record)
     tqdm.write(f"{step:5d}" + "".join(f"{record[key]:10.3f}" for key in SHOWN if key in record))
 
@@ -275,9 +263,9 @@ def main(config):
         obtain_inputs(config)
     dataset = open_dataset(config.dataset)
     probs = Probs(config.probs, dataset, config.generator)
-    model = train(config, dataset, probs, team)
+    model, val = train(config, dataset, probs, team)
     if team.first:
-        results = evaluate_splits(model, dataset)
+        results = evaluate_splits(model, dataset, val)
         write_json(Path(config.out_dir) / "eval.json",
                    {"settings": dataclasses.asdict(config), "splits": results})
         print_table(results)

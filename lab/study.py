@@ -8,21 +8,19 @@ all differences are paired by draw. Every run is `python train.py` with its defa
 arm's settings. A finished run is not repeated: delete out/lab to start over.
 """
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import mean_and_half_width
-from config import UserError, in_range, read_json, run_script, show, write_json
+from config import HERE, in_range, read_json, run_other, run_script, show, write_json
 
 DRAWS = range(200, 210)     # decided before they were made; settings were chosen on 100 to 103
-RESULTS = ROOT / "lab" / "study.json"
+RESULTS = HERE / "lab" / "study.json"
 
 
 @dataclass(frozen=True)
@@ -59,41 +57,32 @@ COLUMNS = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
            "leak": ("val", "credit_leak")}
 
 
-def command(script, **settings):
-    """Run a script of ours on one thread; what it prints is kept for the day it fails."""
-    words = [f"--{key}={value}" for key, value in settings.items()]
-    done = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise UserError(f"{script} {' '.join(words)} failed:\n{done.stdout}{done.stderr}")
-
-
 def make_draw(draw):
     """The dataset and the generator of one draw, where they are not there yet."""
     if not Path(f"data/toy-{draw}/dataset.json").exists():
-        command("data/toy/prepare.py", name=f"toy-{draw}", seed=draw)
+        run_other("data/toy/prepare.py", quiet=True, name=f"toy-{draw}", seed=draw)
     if not Path(f"out/lab/{draw}-generator/p.json").exists():
-        command("generator.py", dataset=f"toy-{draw}", seed=draw,
-                out_dir=f"out/lab/{draw}-generator")
+        run_other("generator.py", quiet=True, dataset=f"toy-{draw}", seed=draw,
+                  out_dir=f"out/lab/{draw}-generator")
 
 
-def run(draw, arm):
-    """Train and evaluate one arm on one draw."""
+def run(job):
+    """Train and evaluate one arm on one draw: (draw, arm)."""
+    draw, arm = job
     folder = Path(f"out/lab/{draw}-{arm.name}")
     if not (folder / "eval.json").exists():
-        command("train.py", dataset=f"toy-{draw}", seed=draw, generator=f"out/lab/{draw}-generator",
-                out_dir=folder, regularizer=arm.regularizer, probs=arm.probs, readout=arm.readout)
+        run_other("train.py", quiet=True, dataset=f"toy-{draw}", seed=draw,
+                  generator=f"out/lab/{draw}-generator", out_dir=folder,
+                  regularizer=arm.regularizer, probs=arm.probs, readout=arm.readout)
     splits = read_json(folder / "eval.json", "lab/study.py")["splits"]
     numbers = {name: round(splits[split][key], 4) for name, (split, key) in COLUMNS.items()}
     return {"draw": draw, "arm": arm.name, **numbers}
 
 
 def in_parallel(workers, name, function, jobs):
-    """function(*job) for all jobs, the results as they come."""
-    with ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(function, *job) for job in jobs]
-        bar = tqdm(as_completed(running), name, len(jobs), disable=None)
-        return [done.result() for done in bar]
+    """function(job) of all jobs, in their order; the first that fails ends it."""
+    with ThreadPool(workers) as pool:
+        return list(tqdm(pool.imap(function, jobs), name, len(jobs), disable=None))
 
 
 def table(runs, arms):
@@ -126,11 +115,10 @@ def main(config):
     show(config)
     in_range(config, 1, 64, "workers")
     if not config.tables:
-        in_parallel(config.workers, "draws", make_draw, [(draw,) for draw in DRAWS])
+        os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
+        in_parallel(config.workers, "draws", make_draw, DRAWS)
         jobs = [(draw, arm) for draw in DRAWS for arm in ARMS]
-        runs = in_parallel(config.workers, "runs", run, jobs)
-        runs.sort(key=lambda one: (one["draw"], one["arm"]))
-        write_json(RESULTS, {"runs": runs})
+        write_json(RESULTS, {"runs": in_parallel(config.workers, "runs", run, jobs)})
     print(tables(read_json(RESULTS, "lab/study.py")["runs"]))
 
 

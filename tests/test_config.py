@@ -4,12 +4,14 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 import config
-from config import UserError, fingerprint, in_range, parse, read_json, run_script, usage
+from config import Run, UserError, fingerprint, in_range, parse, read_json, run_script, usage
 
 ROOT = Path(config.__file__).parent
 FOLDERS = ("", "data", "data/toy", "lab")
@@ -56,9 +58,8 @@ def test_help_has_a_line_for_every_setting_and_every_setting_a_reader(path, caps
     with pytest.raises(SystemExit) as stop:
         parse(settings, ["--help"])
     assert stop.value.code == 0 and module.__doc__.strip() in capsys.readouterr().out
-    for line in usage(settings)[2:]:
-        assert re.fullmatch(r"  --\w+=.*  \S.+", line), f"no comment: {line}"
-    for field in dataclasses.fields(settings):
+    for field, line in zip(dataclasses.fields(settings), usage(settings), strict=True):
+        assert line.startswith(f"  --{field.name}={field.default}  ")
         assert re.search(rf"\w\.{field.name}\b", source + (ROOT / "config.py").read_text())
     most = {"train": 20, "generator": 16, "dpo": 16}.get(path.stem, 99)
     assert len(dataclasses.fields(settings)) <= most
@@ -87,6 +88,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(UserError, match="is not finite"):
         config.write_json(path, {"x": float("nan")})
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(tmp_path, monkeypatch):
+    """torch.save has a RuntimeError for it."""
+    run = Run("policy", SimpleNamespace(out_dir=tmp_path, resume=False), {})
+    model = torch.nn.Linear(1, 1)
+    error = RuntimeError("unexpected pos 704\nframe #0")
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"cannot write .*ckpt.pt \(unexpected pos 704\)$"):
+        run.save(1, model, torch.optim.SGD(model.parameters()))
 
 
 def test_a_json_file_that_is_missing_or_damaged_says_how_to_make_it(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config import read_json
+from config import UserError, read_json
 from data.probs import PROBS
 from regularizer import READOUTS, REGULARIZERS
 
@@ -43,21 +43,34 @@ def test_a_study_trains_what_is_missing_and_nothing_twice(study, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     commands = []
 
-    def command(script, **settings):
+    def run_other(script, quiet, **settings):
         commands.append((script, settings))
         if script == "train.py":
             part = {key: 0.5 for _, key in study.COLUMNS.values()}
             study.write_json(f"{settings['out_dir']}/eval.json",
                              {"splits": {name: part for name, _ in study.COLUMNS.values()}})
 
-    monkeypatch.setattr(study, "command", command)
+    monkeypatch.setattr(study, "run_other", run_other)
     study.make_draw(200)
     for _ in range(2):
-        found = study.run(200, study.Arm("icrm", "shuffled", "sum"))
+        found = study.run((200, study.Arm("icrm", "shuffled", "sum")))
     assert [script for script, _ in commands] == ["data/toy/prepare.py", "generator.py", "train.py"]
     last = commands[-1][1]
     assert (last["dataset"], last["seed"], last["probs"]) == ("toy-200", 200, "shuffled")
     assert found["arm"] == "icrm-shuffled-sum" and found["val"] == 0.5
+
+
+def test_the_first_run_that_fails_ends_the_study(study):
+    """As one line that says why; the jobs behind it never start."""
+    started = []
+
+    def job(number):
+        started.append(number)
+        study.run_other("train.py", quiet=True, steps=number)
+
+    with pytest.raises(UserError, match="^python train.py --steps=0 failed: error: --st.*$"):
+        study.in_parallel(1, "runs", job, range(0, -50, -1))
+    assert len(started) < 10
 
 
 def test_tables_in_the_pages_are_those_of_the_runs(study):

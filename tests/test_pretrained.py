@@ -115,8 +115,8 @@ def base(tmp_path):
         "vocab_size": 390, "max_position_embeddings": 256}))
     torch.manual_seed(1)
     model = LanguageModel(read_config(folder / "config.json"))
-    write_safetensors(folder / "model.safetensors", {
-        name: 3 * weight for name, weight in model.state_dict().items() if name != "lm_head.weight"})
+    weights = {name: 3 * w.detach() for name, w in model.model.named_parameters("model")}
+    write_safetensors(folder / "model.safetensors", weights)
     return folder
 
 
@@ -195,13 +195,16 @@ def test_stored_states_of_frozen_blocks_give_the_rewards_of_all_blocks(prepared)
     for all_blocks, above in zip(score(model, rows), score(model, states)):
         for a, b in zip(all_blocks, above):
             assert np.abs(a - b).max() < 1e-3 and not np.array_equal(a, b)
-    alone = run("out/b", unfrozen=1)["model"]       # states that are there are read, not made
-    assert all(torch.equal(alone[name], weight) for name, weight in kept["model"].items())
-    about = json.loads(Path("out/mine-generator/val-below-1.json").read_text())
-    Path("out/mine-generator/val-below-1.json").write_text(json.dumps(about | {"weights": "other"}))
-    np.save("out/mine-generator/val-below-1.npy", np.zeros_like(split.below))
-    run("out/b", unfrozen=1)
-    assert np.array_equal(np.load("out/mine-generator/val-below-1.npy"), split.below)
+    file, said = (Path(f"out/mine-generator/train-below-1.{kind}") for kind in ("npy", "json"))
+    right, about = np.load(file), json.loads(said.read_text())
+    np.save(file, 0 * right)        # what is stored for these weights is read
+    other = run("out/b", unfrozen=1)["model"]
+    assert not torch.equal(other["score.weight"], kept["model"]["score.weight"])
+    for key in about:               # and for other ones made again
+        said.write_text(json.dumps(about | {key: "other"}))
+        np.save(file, 0 * right)
+        again = run("out/b", unfrozen=1)["model"]
+        assert all(torch.equal(again[name], weight) for name, weight in kept["model"].items())
     with pytest.raises(UserError, match="--unfrozen=3, and there are 2 blocks"):
         run("out/c", unfrozen=3)
 
@@ -228,54 +231,57 @@ def test_an_exported_model_is_the_trained_one_in_the_layout_it_came_in(prepared)
 
 # The hub -----------------------------------------------------------------------------------------
 
-def test_a_model_on_the_hub_is_fetched_once_and_checked(base, tmp_path, monkeypatch):
-    """And what is not what the hub says is not kept."""
-    files = {path.name: path.read_bytes() for path in base.iterdir()}
-    files |= {"README.md": b"-", "original/model.safetensors": b"-", "pytorch_model.bin": b"-"}
-    served = dict(files)
+@pytest.fixture
+def served(base, tmp_path, monkeypatch):
+    """A hub with owner/model, whose files are those of the base and more. -> what it serves,
+    {file's name: content}; what it says of them stays; None: not there."""
+    true = {path.name: path.read_bytes() for path in base.iterdir()}
+    true |= {"README.md": b"-", "original/model.safetensors": b"-", "pytorch_model.bin": b"-"}
+    found, about = dict(true), []
+    for name, body in true.items():
+        blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+        about.append({"rfilename": name, "blobId": blob})
+        if name.endswith("model.safetensors"):
+            about[-1]["lfs"] = {"sha256": hashlib.sha256(body).hexdigest()}
 
     class Hub(BaseHTTPRequestHandler):
-        asked = []
-
         def do_GET(self):
-            self.asked.append(self.path)
+            body = found.get(self.path.removeprefix("/owner/model/resolve/c0ffee/"))
             if self.path == "/api/models/owner/model?blobs=true":
-                parts = [{"rfilename": name, "blobId": hashlib.sha1(
-                    b"blob %d\0" % len(body) + body).hexdigest()} for name, body in files.items()]
-                for one in parts:
-                    if one["rfilename"].endswith("model.safetensors"):
-                        one["lfs"] = {"sha256": hashlib.sha256(files[one["rfilename"]]).hexdigest()}
-                body = json.dumps({"sha": "c0ffee", "siblings": parts}).encode()
-            else:
-                body = served.get(self.path.removeprefix("/owner/model/resolve/c0ffee/"))
-            self.send_response(200 if body is not None else 404)
-            self.send_header("Content-Length", str(len(body or b"")))
+                body = json.dumps({"sha": "c0ffee", "siblings": about}).encode()
+            self.send_response(404 if body is None else 200)
             self.end_headers()
             self.wfile.write(body or b"")
 
         def log_message(self, *_):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hub, "HUB", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(hub, "HUB", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+        yield found
+        server.shutdown()
+
+
+def test_a_model_on_the_hub_is_fetched_once_and_checked(served, base, tmp_path, monkeypatch):
+    """And a file that is not what the hub says of it is not kept."""
     for name in ("model.safetensors", "config.json"):
-        for body in (files[name][:-1] + b"?", None):        # another one, or none
+        right = served[name]
+        for body in (right[:-1] + b"?", right[:9], None):
             served[name] = body
             with pytest.raises(UserError, match="owner/model could not be fetched from http"):
                 hub.find_folder("owner/model")
             assert not list((tmp_path / "cache").rglob(name + "*"))
-        served[name] = files[name]
+        served[name] = right
     _, found = read_folder("owner/model")
     _, expected = read_folder(base)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    asked = len(Hub.asked)
-    folder = hub.find_folder("owner/model")
-    assert len(Hub.asked) == asked and not any("original" in path for path in Hub.asked)
-    assert {path.name for path in folder.iterdir()} == {
+    monkeypatch.setattr(hub, "HUB", "http://127.0.0.1:9")       # nobody is asked again
+    assert {path.name for path in hub.find_folder("owner/model").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    server.shutdown()
+    with pytest.raises(UserError, match="owner/other could not be fetched.*connect, or"):
+        hub.find_folder("owner/other")
     for name in ("neither", "../a/b", "owner/model/file", "a/..", "/nowhere/at/all"):
         with pytest.raises(UserError, match="neither a folder nor a hub's"):
             hub.find_folder(name)
