@@ -22,7 +22,7 @@ from config import (TINY, Run, UserError, autocast, check_finite, fingerprint, i
                     show, write_json)
 from data.dataset import open_dataset
 from data.rows import Row, batch_of, make_batch
-from data.toy.world import gold
+from data.toy.world import World
 from evaluate import check_fit, final_rewards, load_reward_model, print_lines, text_of
 from generator import finished, load_generator, response_logprobs, sample_rows
 from model import LanguageModel, learning_rate, make_optimizer, update
@@ -136,7 +136,10 @@ def describe(rows, reward_model, dataset):
     """Responses to held-out prompts -> metrics; reward: of those that ended (None: none did)."""
     texts = [dataset.tokenizer.decode(response) for row in rows for response in row.responses]
     rewards = np.concatenate(final_rewards(reward_model, finished(rows, dataset.tokenizer)))
-    found = {"gold": float(np.mean(list(map(gold, texts))))} if dataset.kind == "toy" else {}
+    found = {}
+    if dataset.kind == "toy":
+        gold_of = World(**dataset.about["world"]).gold_of
+        found["gold"] = float(np.mean(list(map(gold_of, texts))))
     return found | {"reward": float(rewards.mean()) if len(rewards) else None,
                     "finished": len(rewards) / len(texts),
                     "length": float(np.mean([len(part) for row in rows for part in row.responses])),

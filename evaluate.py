@@ -2,13 +2,11 @@
 
     python evaluate.py --checkpoint=out/toy-icrm-seed0          the splits of its own dataset
     python evaluate.py --checkpoint=CKPT --data=pairs.jsonl     a file of pairs, or a benchmark's
-    python evaluate.py --checkpoint=CKPT --steps=test.jsonl --threshold_from=val.jsonl
-                                                                where is the first wrong step?
+    python evaluate.py --checkpoint=CKPT --steps=A --threshold_from=B   where is the first error?
     python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0      runs side by side
 
-A response's reward is read at its end-of-text token; it depends on the prompt and the response
-alone, whatever else is in the batch. Accuracy is strict: a tie is wrong. Intervals are Wilson's,
-with the number of independent prompts in place of the number of pairs.
+A response's reward is read at its end-of-text token. Accuracy is strict: a tie is wrong. Intervals
+are Wilson's, with the number of independent prompts in place of the number of pairs.
 """
 import itertools
 from collections import defaultdict
@@ -26,7 +24,7 @@ from config import (UserError, load_checkpoint, pick_device, read_json, run_scri
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_dataset
 from data.pairs import read_pair_rows, read_step_rows
-from data.rows import Row, in_batches, in_row_order, make_batch
+from data.rows import Row, row_by_row
 from model import ModelConfig, RewardModel, load_weights
 from regularizer import read_out
 
@@ -51,8 +49,8 @@ def load_reward_model(path, device):
     if not path:
         raise UserError("name a reward model with --checkpoint=FOLDER")
     checkpoint = load_checkpoint(path, "reward model")
-    sizes, readout = ModelConfig(**checkpoint["model_config"]), checkpoint["settings"]["readout"]
-    model = RewardModel(sizes, readout)
+    sizes = ModelConfig(**checkpoint["model_config"])
+    model = RewardModel(sizes, checkpoint["settings"]["readout"])
     load_weights(model, checkpoint["model"], path)
     model = model.to(pick_device(device)).eval()
     return model, tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
@@ -65,15 +63,14 @@ def score(model, rows, name="row {}".format):
     name (of its number from 1)."""
     training, device = model.training, model.score.weight.device
     model.eval()
-    found = [None] * len(rows)
-    for numbers in in_batches(rows):
-        some = [rows[i] for i in numbers]
-        batch = make_batch(some).to(device)
+
+    def rewards_of(batch):
+        batch = batch.to(device)
         scores = model.scores(model.model.read(batch), batch)           # (R, T)
         rewards = read_out(scores, batch.mask, model.readout).cpu().numpy()
-        each = [r[:length] for r, length in zip(rewards, batch.lengths.tolist())]
-        for i, parts in zip(numbers, in_row_order(each, some)):
-            found[i] = parts
+        return [r[:length] for r, length in zip(rewards, batch.lengths.tolist())]
+
+    found = row_by_row(rows, rewards_of)
     model.train(training)
     for i, parts in enumerate(found):
         if not all(np.isfinite(r).all() for r in parts):
@@ -81,16 +78,20 @@ def score(model, rows, name="row {}".format):
     return found
 
 
-def final_rewards(model, rows):
-    """The reward of every response, equal ones to a prompt read once: an array for each Row."""
+def prefix_rewards(model, rows):
+    """Rewards of every prefix of every response, equal ones read once: a list for each Row."""
     parts = [(i, some) for i, row in enumerate(rows)
              for some in chunks({r.tobytes(): r for r in row.responses}.values(), AT_ONCE)]
-    found = score(model, [Row(rows[i].prompt, tuple(some)) for i, some in parts],
-                  lambda k: f"a candidate of prompt {parts[k - 1][0] + 1}")
-    known = {(i, response.tobytes()): r[-1] for (i, some), several in zip(parts, found)
+    found = score(model, [Row(rows[i].prompt, tuple(some)) for i, some in parts])
+    known = {(i, response.tobytes()): r for (i, some), several in zip(parts, found)
              for response, r in zip(some, several)}
-    return [np.array([known[i, response.tobytes()] for response in row.responses])
+    return [[known[i, response.tobytes()] for response in row.responses]
             for i, row in enumerate(rows)]
+
+
+def final_rewards(model, rows):
+    """The reward of every response: an array for each Row."""
+    return [np.array([r[-1] for r in some]) for some in prefix_rewards(model, rows)]
 
 
 def check_fit(what, its_tokenizer, tokenizer, model=None, generator=None):

@@ -19,13 +19,15 @@ from tqdm import tqdm
 from config import (TINY, Run, UserError, autocast, check_finite, fingerprint, in_range,
                     load_checkpoint, pick_device, run_script, show, write_json)
 from data import tokenizer as tokenizers
-from data.dataset import ROWS, chunks, open_array, open_dataset, write_array
-from data.rows import Row, batch_of, in_batches, in_row_order, make_batch
+from data.dataset import chunks, open_array, open_dataset, write_array
+from data.rows import Row, batch_of, make_batch, row_by_row
 from model import (KVCache, LanguageModel, ModelConfig, frozen_language_model, learning_rate,
                    length_normalised_nll, load_weights, make_optimizer, update)
 from pretrained import read_folder
 
 LOG_EVERY, SAVE_EVERY = 100, 250    # updates
+ROWS = 512      # read, sorted by length and written at a time
+CACHE = 2 ** 31     # bytes of keys and values while sampling, if one prompt's rows allow it
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class GeneratorConfig:
     n_embd: int = 64                # channels
     steps: int = 500                # updates; 0: none, init_from's weights as they are
     batch_size: int = 16            # pairs per update (or labelled responses)
-    learning_rate: float = 4e-3     # peak
+    learning_rate: float = 0.0      # peak; 0: 4e-3, with init_from 1e-5
     warmup: int = 20                # updates of linear warm-up
     temperature: float = 1.0        # at which p is taken
     top_p: float = 1.0              # p of a token outside the smallest set that holds top_p is 0
@@ -59,8 +61,9 @@ def train_generator(config, dataset, device):
     precision = autocast(device, config.dtype)
     torch.manual_seed(config.seed)
     model = LanguageModel(sizes)
-    if weights:
+    if config.init_from:
         load_weights(model, weights, config.init_from)
+    del weights
     model.to(device)
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("generator", config, {"data": dataset.fingerprint})
@@ -111,10 +114,10 @@ def load_generator(folder, device):
 def response_logprobs(model, rows, temperature=1.0, top_p=1.0):
     """log p of every response token given all before it: for each Row a list of float32 arrays, one
     per response. With a temperature or top_p it is that of `sampling_probs`, -inf where p is 0."""
-    device, found = model.lm_head.weight.device, [None] * len(rows)
-    for numbers in in_batches(rows):
-        some = [rows[i] for i in numbers]
-        batch = make_batch(some, likelihoods=None).to(device)
+    device = model.lm_head.weight.device
+
+    def logprobs_of(batch):
+        batch = batch.to(device)
         if temperature == top_p == 1:
             logprobs = model(batch)                                     # (M,)
         else:
@@ -123,10 +126,9 @@ def response_logprobs(model, rows, temperature=1.0, top_p=1.0):
                 sampling_probs(model.lm_head(part), temperature, top_p)
                 .gather(1, targets[:, None]).squeeze(1).log()
                 for part, targets in zip(states.split(512), batch.targets.split(512))])
-        each = np.split(logprobs.cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
-        for i, parts in zip(numbers, in_row_order(each, some)):
-            found[i] = parts
-    return found
+        return np.split(logprobs.cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
+
+    return row_by_row(rows, logprobs_of, likelihoods=None)
 
 
 def write_p(model, split, folder, about):
@@ -149,49 +151,74 @@ def write_p(model, split, folder, about):
 
 # Sampling ---------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def sample(model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0, top_p=1.0):
-    """Continue each prompt n ways; the prompt is read once, its keys and values serve all n rows.
+class Sampling:
+    """n continuations of each prompt, written token by token; the prompt is read once, and its keys
+    and values serve all its rows.
 
-    prompts (P, T) int64, all of one length; rng: torch.Generator on their device.
-    Returns (P, n, new tokens), end-of-text in every place after a response's end.
-    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability.
-    """
-    config, (P, T) = model.model.config, prompts.shape
-    room = min(max_new_tokens, config.block_size - T)
-    if room < 1:
-        raise UserError(f"the prompt fills the context of {config.block_size} tokens")
-    cache = KVCache(config, P, T + room, prompts.device, model.lm_head.weight.dtype)
-    positions = torch.arange(T + room, device=prompts.device).expand(P * n, -1)
-    hidden = model.model(prompts, positions[:P, :T], cache=cache)[:, -1]
-    hidden = hidden.repeat_interleave(n, dim=0)                         # (P n, C)
-    cache.stored = cache.stored.repeat_interleave(n, dim=2)             # rows: P n
-    done = torch.zeros(len(hidden), dtype=torch.bool, device=prompts.device)
-    found = []
-    while True:
-        token = draw(model.lm_head(hidden), rng, temperature, top_p)    # (P n,)
-        token = torch.where(done, end_of_text, token)
-        found.append(token)
-        done |= token == end_of_text
-        if len(found) == room or done.all():
-            return torch.stack(found, 1).view(P, n, -1)
-        here = positions[:, cache.length:cache.length + 1]
-        hidden = model.model(token[:, None], here, cache=cache)[:, -1]
+    prompts (P, T) int64, all of one length; rng: torch.Generator on their device. temperature 0 is
+    greedy; top_p keeps the smallest set of tokens with that much probability. `tokens` (P n, t) is
+    what is written, prompt by prompt, end-of-text in every place after a response's end."""
+
+    @torch.no_grad()
+    def __init__(self, model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0,
+                 top_p=1.0):
+        self.model, self.end_of_text, self.rng = model, end_of_text, rng
+        self.temperature, self.top_p = temperature, top_p
+        config, (P, T) = model.model.config, prompts.shape
+        self.room = min(max_new_tokens, config.block_size - T)
+        if self.room < 1:
+            raise UserError(f"the prompt fills the context of {config.block_size} tokens")
+        self.cache = KVCache(config, P, T + self.room, prompts.device, model.lm_head.weight.dtype)
+        positions = torch.arange(T, device=prompts.device).expand(P, -1)
+        self.hidden = model.model(prompts, positions, cache=self.cache)[:, -1]      # (P, C)
+        self.tokens = torch.empty(P, 0, dtype=torch.int64, device=prompts.device)
+        self.keep(torch.arange(P, device=prompts.device).repeat_interleave(n))
+
+    def keep(self, rows):
+        """Go on with these rows alone, by number (m,); a number that stands there twice is two."""
+        self.hidden, self.tokens = self.hidden[rows], self.tokens[rows]
+        self.cache.stored = self.cache.stored[:, :, rows]
+
+    @torch.no_grad()
+    def write(self, count=10**9):
+        """Write so many tokens to every row, fewer where there is no room or all have ended."""
+        for _ in range(min(count, self.room - self.tokens.size(1))):
+            done = (self.tokens == self.end_of_text).any(1)                         # (P n,)
+            if done.all():
+                break
+            if self.tokens.size(1):
+                here = torch.full_like(self.tokens[:, :1], self.cache.length)
+                self.hidden = self.model.model(self.tokens[:, -1:], here, cache=self.cache)[:, -1]
+            logits = self.model.lm_head(self.hidden)
+            token = draw(logits, self.rng, self.temperature, self.top_p)            # (P n,)
+            token = torch.where(done, self.end_of_text, token)
+            self.tokens = torch.cat([self.tokens, token[:, None]], 1)
+        return self.tokens
+
+
+def sample(model, prompts, n, *settings, **more):
+    """n whole continuations of each prompt: Sampling's arguments -> (P, n, new tokens)"""
+    tokens = Sampling(model, prompts, n, *settings, **more).write()
+    return tokens.view(len(prompts), n, -1)
 
 
 def sample_responses(model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0,
                      top_p=1.0, rows=256):
     """n responses to each prompt (token ids): a list of n arrays for each.
 
-    Prompts of one length are read together, about `rows` responses at a time. A response ends with
-    end-of-text, but for those that had no end within max_new_tokens.
+    Prompts of one length are read together, about `rows` responses at a time, fewer where their
+    keys and values would not fit CACHE. A response ends with end-of-text, but for those that had no
+    end within max_new_tokens.
     """
-    device, found = model.lm_head.weight.device, {}
+    device, config, found = model.lm_head.weight.device, model.model.config, {}
+    per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4     # bytes
     progress = tqdm(total=len(prompts), desc="sampling", disable=None, leave=False)
     for length in sorted({len(tokens) for tokens in prompts}):
         group = [i for i, tokens in enumerate(prompts) if len(tokens) == length]
-        for start in range(0, len(group), max(1, rows // n)):
-            part = group[start:start + max(1, rows // n)]
+        longest = min(length + max_new_tokens, config.block_size)
+        together = max(1, min(rows, CACHE // (per_token * longest)) // n)
+        for start in range(0, len(group), together):
+            part = group[start:start + together]
             some = torch.tensor([list(map(int, prompts[i])) for i in part], device=device)
             drawn = sample(model, some, n, end_of_text, rng, max_new_tokens, temperature, top_p)
             for i, responses in zip(part, drawn.cpu().numpy()):
@@ -242,7 +269,8 @@ def draw(logits, rng, temperature, top_p):
 
 def main(config):
     folder = config.out_dir or f"out/{config.dataset}-generator"
-    config = dataclasses.replace(config, out_dir=folder)
+    rate = config.learning_rate or (1e-5 if config.init_from else 4e-3)
+    config = dataclasses.replace(config, out_dir=folder, learning_rate=rate)
     show(config)
     in_range(config, 1, 10**9, "n_layer", "n_head", "n_embd", "batch_size")
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "steps")

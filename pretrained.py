@@ -169,7 +169,7 @@ def export(checkpoint, folder):
             if i != tokenizer.end_of_text and name not in written]
     if not free:
         raise UserError(f"the tokenizer of {base} has no special token to spare for padding")
-    kind = known["architectures"][0].removesuffix("ForCausalLM")
+    kind = known["model_type"].capitalize()     # Llama, Qwen2 or Qwen3
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {
         name: weight for name, weight in checkpoint["model"].items() if name != "lm_head.weight"})
@@ -189,7 +189,8 @@ def export(checkpoint, folder):
 EXPORTED = """A reward model, {kind}ForSequenceClassification with one label, trained from {base}.
 
 The score of a text is read at its last token that is not padding (`{pad}`), which must be the end
-of the reply: tokenizer.apply_chat_template writes such texts. Batches may be padded on either side.
+of the reply: tokenizer.apply_chat_template writes such texts, without a system message of its own.
+Batches may be padded on either side.
 """
 
 

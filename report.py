@@ -16,7 +16,7 @@ from unicodedata import east_asian_width
 import numpy as np
 
 from benchmarks import sigmoid
-from bon import BonConfig, curve, obtain_candidates
+from bon import BonConfig, curve, obtain_candidates, open_generator
 from config import HERE, UserError, in_range, run_script, show, write_text
 from data.dataset import open_dataset
 from evaluate import (check_fit, evaluate_splits, final_rewards, load_reward_model, score,
@@ -146,9 +146,10 @@ def figures_of(results, device, model, checkpoint, dataset):
         yield diagonal(results["value_bins"], ("z", "value"), 0, "Is a prefix worth what it seems? "
                        "z is σ of its reward less the mean one; mean distance from the "
                        f"dashed line {results['calibration_error']:.3f}.")
-        rows, golds = obtain_candidates(dataset.tokenizer, checkpoint,
-                                        BonConfig(prompts=50, device=device))
-        yield best_of_n(curve(final_rewards(model, rows), golds, range(len(rows))))
+        config = BonConfig(prompts=50, device=device)
+        generator, _, gold_of = open_generator(dataset.tokenizer, checkpoint, config)
+        rows = obtain_candidates(generator, dataset, config)
+        yield best_of_n(curve(final_rewards(model, rows), gold_of(rows), range(len(rows))))
 
 
 def response(name, pieces, r, V, p, mean):

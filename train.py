@@ -57,7 +57,7 @@ class TrainConfig:
     seed: int = 0                   # reward head and order of the data
     steps: int = 80                 # updates
     batch_size: int = 32            # pairs (or labelled responses) per update, over all processes
-    learning_rate: float = 2e-3     # peak, after a quarter of the updates
+    learning_rate: float = 0.0      # peak, after a quarter of the steps; 0: 2e-3, pretrained 3e-4
     unfrozen: int = 0               # train the last so many blocks alone; 0: all, and the embedding
     log_interval: int = 10          # updates between log lines
     eval_interval: int = 40         # updates between checkpoints and looks at val
@@ -148,15 +148,16 @@ def train(config, dataset, probs, team):
 def start(config, dataset, probs, team):
     """The model, new from the generator's weights or as the checkpoint has it.
     -> RewardModel, optimizer, Run, number of the first step"""
-    checkpoint = load_checkpoint(config.generator, "generator")
-    generator = frozen_language_model(checkpoint, config.generator)
+    generator = frozen_language_model(load_checkpoint(config.generator, "generator"),
+                                      config.generator)
     torch.manual_seed(config.seed)
     model = RewardModel.from_generator(generator, config.readout).to(team.device).train()
-    if config.unfrozen:
-        freeze(model.model, config, dataset, team)
+    del generator       # its weights are the model's
     inputs = {"data": dataset.fingerprint, "p": probs.fingerprint,
               "regularizer.py": fingerprint((HERE / "regularizer.py").read_text(encoding="utf-8"))}
     run = Run("reward model", config, inputs, writes=team.first)
+    if config.unfrozen:
+        freeze(model.model, config, dataset, team)
     model.model.recompute = config.recompute
     if config.compile:
         model.model.compile(dynamic=True)
@@ -170,8 +171,7 @@ def freeze(trunk, config, dataset, team):
         raise UserError(f"--unfrozen={config.unfrozen}, and there are {len(trunk.layers)} blocks")
     trunk.freeze(len(trunk.layers) - config.unfrozen)
     with team.first_alone(), autocast(team.device, config.dtype):
-        dataset.below = {split: store_states(trunk, dataset, split, config.generator)
-                         for split in ("train", "val")}
+        dataset.below = store_states(trunk, dataset, ("train", "val"), config.generator)
 
 
 def log(run, step, rate, terms, val):
@@ -236,13 +236,15 @@ def obtain_inputs(config):
     """Run the commands that make the toy world and the generator, where they are absent."""
     if config.dataset == "toy" and not Path("data/toy/dataset.json").exists():
         run_other("data/toy/prepare.py")
-    if not (Path(config.generator) / "p.json").exists():
-        tokenizer, more = open_dataset(config.dataset).tokenizer, {}
-        if tokenizer.pretrained:        # a pretrained model's: it is the generator, as it is
-            more = {"init_from": tokenizer.name, "steps": 0}
-        run_other("generator.py", dataset=config.dataset, out_dir=config.generator, **more,
-                  device=config.device, dtype=config.dtype,
-                  resume=(Path(config.generator) / "ckpt.pt").exists())
+    if (Path(config.generator) / "p.json").exists():
+        return
+    tokenizer, how = open_dataset(config.dataset).tokenizer, {"dataset": config.dataset}
+    if tokenizer.pretrained:        # a pretrained model's: it is the generator, as it is
+        how |= {"init_from": tokenizer.name, "steps": 0}
+    if (Path(config.generator) / "ckpt.pt").exists():       # it goes on as it began
+        how = load_checkpoint(config.generator, "generator")["settings"] | {"resume": True}
+    run_other("generator.py", **how | {"out_dir": config.generator, "device": config.device,
+                                       "dtype": config.dtype})
 
 
 def main(config):
@@ -262,6 +264,9 @@ def main(config):
     with team.first_alone():
         obtain_inputs(config)
     dataset = open_dataset(config.dataset)
+    if not config.learning_rate:
+        rate = 3e-4 if dataset.tokenizer.pretrained else 2e-3
+        config = dataclasses.replace(config, learning_rate=rate)
     probs = Probs(config.probs, dataset, config.generator)
     model, val = train(config, dataset, probs, team)
     if team.first:

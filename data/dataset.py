@@ -178,7 +178,7 @@ def tokenise(rows, tokenizer, block_size, left_out):
             continue
         if len(prompt) > room:
             left_out["the oldest tokens of a prompt"] += 1
-        found.append((name, [prompt[-room:], *sides]))
+        found.append((name, [tokenizer.cut(prompt, room), *sides]))
     return found
 
 

@@ -2,35 +2,45 @@
 
     FOLDER/SPLIT-below-K.npy    (N, C) float16, of each of a split's tokens what block K reads
 
-Training the blocks from K on starts there (`python train.py --unfrozen=...`).
+Training the blocks from K on starts there (`python train.py --unfrozen=...`). They are computed in
+the precision of training; evaluate.py, which reads all blocks in float32, may differ by as much.
 """
+import dataclasses
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from config import UserError, fingerprint, read_json, write_json
 from data.dataset import chunks, open_array, write_array
 from data.rows import in_batches, make_group
 
-ROWS = 512      # read and written at a time
+ROWS = 512      # read, sorted by length and written at a time
 
 
-def store_states(trunk, dataset, split, folder):
-    """Write a split's hidden states before the trunk's first trained block, if they are not there.
-    -> (N, C) float16, mapped"""
-    path = Path(folder) / f"{split}-below-{trunk.frozen}.npy"
+def store_states(trunk, dataset, splits, folder):
+    """Write these splits' hidden states before the trunk's first trained block, where they are not
+    there yet.  -> {split: (N, C) float16, mapped}"""
+    device = trunk.embed_tokens.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "float32"
     frozen = {name: weight for name, weight in trunk.state_dict().items() if is_below(name, trunk)}
-    about = {"data": dataset.about["splits"][split]["fingerprint"], "blocks": trunk.frozen,
-             "weights": fingerprint(frozen)}
-    described = path.with_suffix(".json")
-    if not described.exists() or read_json(described, "train.py") != about:
-        data = dataset.split(split)
-        shape = len(data.tokens), trunk.config.n_embd
-        bar = tqdm(range(len(data)), f"{split}: frozen blocks", disable=None, leave=False)
-        rows = (data[i] for i in bar)
-        write_array(path, shape, "<f2", states_of(trunk, rows))
-        write_json(described, about)
-    return open_array(path)
+    common = {"weights": fingerprint(frozen), "config": dataclasses.asdict(trunk.config),
+              "dtype": str(dtype)}
+    found = {}
+    for name in splits:
+        split, path = dataset.split(name), Path(folder) / f"{name}-below-{trunk.frozen}.npy"
+        about = common | {"data": dataset.about["splits"][name]["fingerprint"]}
+        described = path.with_suffix(".json")
+        if not described.exists() or read_json(described, "train.py") != about:
+            described.unlink(missing_ok=True)
+            size = len(split.tokens) * trunk.config.n_embd * 2 / 2 ** 30
+            print(f"writing {path}: the states below the last blocks, {size:.2f} GiB")
+            bar = tqdm(range(len(split)), "frozen blocks", disable=None, leave=False)
+            write_array(path, (len(split.tokens), trunk.config.n_embd), "<f2",
+                        states_of(trunk, (split[i] for i in bar)))
+            write_json(described, about)
+        found[name] = open_array(path, len(split.tokens))
+    return found
 
 
 def is_below(name, trunk):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -31,9 +32,10 @@ def find_folder(name):
     if not list(folder.glob("*/config.json")):
         try:
             fetch(name, folder)
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{name} could not be fetched from {HUB} ({error!s:.120}); connect, or "
-                            "download it by other means and name its folder") from None
+        except (OSError, HTTPException, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{name} is no folder here and could not be fetched from {HUB} "
+                            f"({error!s:.120}); connect, or download it by other means and name "
+                            "its folder") from None
     return next(folder.glob("*/config.json")).parent
 
 
@@ -42,6 +44,8 @@ def fetch(name, folder):
     with urllib.request.urlopen(f"{HUB}/api/models/{name}?blobs=true", timeout=60) as answer:
         about = json.load(answer)
     files = {one["rfilename"]: one for one in about["siblings"]}
+    if "config.json" not in files:
+        raise ValueError("it has no config.json")
     folder = folder / about["sha"]
     folder.mkdir(parents=True, exist_ok=True)
     for file in [*filter(WEIGHTS.fullmatch, files), *(file for file in OTHERS if file in files)]:
@@ -49,7 +53,7 @@ def fetch(name, folder):
         if path.exists():
             continue
         print(f"fetching {url}")
-        if "lfs" in files[file]:
+        if files[file].get("lfs"):
             sha256 = files[file]["lfs"]["sha256"]
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
             continue

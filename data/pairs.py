@@ -24,6 +24,7 @@ import numpy as np
 from config import UserError
 from data.dataset import listed, tokenise
 from data.rows import Row
+from data.tokenizer import SPEAKER
 
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 TURN = "\n\nAssistant:"     # a dialogue's prompt ends here, without a space
@@ -156,6 +157,8 @@ def dialogue(as_dialogue, prompt, *responses):
         if message.get("role") not in tuple(ROLES):     # a role may be a list
             raise BadRow(f"a message without a known 'role' ({', '.join(ROLES)})")
         check_text("a message's content", message.get("content"))
+        if SPEAKER.search(message["content"]):
+            raise BadRow("a message in which another turn of a dialogue begins")
     text = "".join(ROLES[message["role"]] + message["content"] for message in prompt)
     return text + TURN, *map(reply_of, responses)
 

@@ -33,7 +33,7 @@ class PrepareConfig:
     name: str = ""              # the dataset's name: its folder under data/; empty: the source's
     source: str = ""            # a published collection, a row of SOURCES; empty: your own file
     input: str = ""             # a JSONL file (.gz is read too); empty: download the source
-    tokenizer: str = "gpt2"     # gpt2, or bpe:SIZE for a vocabulary trained on the data
+    tokenizer: str = "gpt2"     # gpt2; bpe:SIZE, trained on the data; a pretrained model's folder
     block_size: int = 1024      # most tokens of a prompt and its longer response
     val_share: float = 0.0      # share of prompts held out; 0: the source's own, 0.1 of a file
     every: int = 0              # keep every so many of the rows; 0: the source's own, 1 of a file

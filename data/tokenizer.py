@@ -2,8 +2,8 @@
 one of a pretrained model (data/tokenizer_json.py).
 
 A tokenizer travels as a dictionary inside its dataset's folder and inside every checkpoint. It
-knows how its model writes dialogues (FORMATS) and the token that ends a reply. What stands in data
-is never read as a special token.
+knows how its model writes dialogues (FORMATS: no system message is added, a text is not stripped)
+and the token that ends a reply. What stands in data is never read as a special token.
 """
 import base64
 import codecs
@@ -24,8 +24,8 @@ from config import UserError, fingerprint
 # signs, white space. Written so that Python's re (training) and tiktoken (encoding) read it alike.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 SHARE = 64      # rows that a thread encodes at a time: handing out each one costs more than it
-TURN = re.compile(r"\n\n(System|Human|Assistant):")     # HH-RLHF's dialogues, as data has them
-ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
+SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")   # HH-RLHF's dialogues, as data has them
+ROLE_OF = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
 
 class Format(NamedTuple):
@@ -94,6 +94,13 @@ class Tokenizer:
             tokens += [self.special[part]] if part in self.special else self.encode(part)
         return tokens
 
+    def cut(self, prompt, room):
+        """A prompt's newest tokens, behind those that every dialogue of the model starts with."""
+        if len(prompt) <= room:
+            return prompt
+        start = prompt[:min(len(self.turns.start), room - 1)] if self.turns else []
+        return start + prompt[len(start) - room:]
+
     def encode_reply(self, text):
         """A response -> token ids, the end token last."""
         if self.turns:
@@ -129,10 +136,10 @@ class Tokenizer:
 def turns_of(text):
     """A dialogue as HH-RLHF writes it, up to "Assistant:" -> [(role, text of the turn), ...]; any
     other text is one turn of the user's."""
-    before, *found = TURN.split(text)       # before, role, text, role, text, ...
+    before, *found = SPEAKER.split("\n\n" + text.strip())    # before, speaker, text, speaker, ...
     if before or not found or found[-2:] != ["Assistant", ""]:
         return [("user", text)]
-    return [(ROLES[name], content.removeprefix(" "))
+    return [(ROLE_OF[name], content.removeprefix(" "))
             for name, content in zip(found[:-2:2], found[1:-2:2])]
 
 

@@ -53,11 +53,11 @@ def convert(name, found):
     for key, value in model.items():
         if value and key not in ("vocab", "merges") and value not in ALLOWED.get(key, ()):
             raise UserError(f"the model's {key} {value!r:.60} is unknown here")
-    normal_form = known("normalizer", found.get("normalizer"), NORMAL_FORMS)
+    normal_form = looked_up("normalizer", found.get("normalizer"), NORMAL_FORMS)
     cutting = found.get("pre_tokenizer") or {}
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"}
              for step in cutting.get("pretokenizers", [cutting])]
-    pattern = known("pre_tokenizer", steps, PATTERNS)
+    pattern = looked_up("pre_tokenizer", steps, PATTERNS)
     special = {token["content"]: token["id"] for token in found["added_tokens"]}
     turns = next((turns for turns, end in ENDS.items() if end in special), "plain")
     end = ENDS.get(turns) or next((end for end in PLAIN_ENDS if end in special), None)
@@ -70,7 +70,7 @@ def convert(name, found):
     return Tokenizer(str(name), ranks, pattern, special, end, turns, normal_form)
 
 
-def known(key, value, table):
+def looked_up(key, value, table):
     """What a table of (value, what it is here) says of a value."""
     for said, ours in table:
         if value == said:

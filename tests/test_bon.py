@@ -13,6 +13,7 @@ import bon
 import evaluate
 from config import UserError, parse
 from data import tokenizer as tokenizers
+from data.dataset import open_dataset
 from data.rows import Row
 from evaluate import load_reward_model, score
 
@@ -35,6 +36,50 @@ def test_best_of_n_equals_brute_force_over_subsets_and_ties_share(M):
         for rewards in (rng.normal(size=M), rng.integers(0, 3, M), worth):      # the last: pass@n
             slow = brute_force(M, n, worth_of_best)
             assert bon.best_of_n(rewards, worth, n) == pytest.approx(slow)
+
+
+def test_halving_equals_its_description_step_by_step():
+    rng = np.random.default_rng(0)
+    for places in ((), (3,), (2, 5, 9)):
+        rewards = [rng.normal(size=n) for n in rng.integers(1, 12, size=9)]
+        alive, seen = set(range(9)), {}
+        for place in places:
+            seen |= {i: len(rewards[i][:place]) for i in alive}
+            ranked = sorted(alive, key=lambda i: rewards[i][:place][-1], reverse=True)
+            alive = set(ranked[:(len(alive) + 1) // 2])
+        seen |= {i: len(rewards[i]) for i in alive}
+        best = max(alive, key=lambda i: rewards[i][-1])
+        assert bon.halve(rewards, places) == (best, sum(seen.values()))
+    assert bon.halve([[0, 9], [1, 2], [0, 5]], [1]) == (0, 5)       # as its docstring says
+    assert bon.halve([[2, 0], [2, 1], [9, -1]], [1, 1]) == (2, 4)    # never finished: no rival left
+
+
+def test_ways_to_pick_are_compared_at_their_share_of_the_tokens():
+    rewards = [[[0, 5], [1, 1], [2, 0], [3, 3, 3, 3]], [[0, 1, 2], [1], [0, 0]]]
+    worth = [[4.0, 0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
+    found = {(row["judge"], row["way"]): row
+             for row in bon.compare_ways(rewards, worth, "ab", [1], rewards)}
+    expected = {("any", "one"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
+                ("reward model", "best of all"): ([4, 1], [10, 6]),
+                # two of four go on: 1 + 1 + 2 + 4 tokens; of three, two: 3 + 1 + 1
+                ("reward model", "halving"): ([1, 1], [8, 5]),
+                ("exact value", "halving"): ([1, 1], [8, 5]),
+                ("oracle", "best of all"): ([4, 1], [10, 6])}
+    for key, (values, tokens) in expected.items():
+        assert found[key]["worth"] == pytest.approx(np.mean(values)), key
+        assert found[key]["tokens"] == pytest.approx(np.mean(tokens)), key
+    final = [[r[-1] for r in some] for some in rewards]
+    for share, n in ((1.0, 4), (0.5, 2), (0.1, 1)):
+        assert bon.same_tokens(final[0], worth[0], share) == bon.best_of_n(final[0], worth[0], n)
+    between = bon.same_tokens(final[0], worth[0], 0.65)     # 2.6 of four
+    assert between == pytest.approx(0.4 * bon.best_of_n(final[0], worth[0], 2)
+                                    + 0.6 * bon.best_of_n(final[0], worth[0], 3))
+
+
+@pytest.mark.parametrize("text", ["12,x", "0", "5,5", "8,3", "-1"])
+def test_places_that_do_not_rise_are_refused(text):
+    with pytest.raises(UserError, match="rising numbers"):
+        bon.read_places(text)
 
 
 def test_the_majority_vote_equals_brute_force_and_a_sample_of_subsets_comes_near():
@@ -102,13 +147,36 @@ def test_sampled_responses_that_end_are_worth_their_gold_or_a_judges_reward(insi
     assert last["reward_model"] < last["random"] < last["oracle"]
 
 
+def test_halving_saves_tokens_and_without_dropping_is_best_of_all(inside):
+    found = run(prompts=3, samples=8, max_new_tokens=60, halve="6,12")["ways"]
+    tokens = {(row["judge"], row["way"]): row["tokens"] for row in found}
+    # 8 to place 6, 4 to place 12, 2 to the end, all but those that end before
+    assert tokens["reward model", "halving as it is written"] <= 8 * 6 + 4 * 6 + 2 * 48
+    assert tokens["reward model", "halving"] == tokens["reward model", "best of as many tokens"]
+    assert tokens["exact value", "halving"] < tokens["reward model", "best of all"]
+    last = run(prompts=1, samples=8, halve="1000")["ways"]
+    worth = {(row["judge"], row["way"]): row["worth"] for row in last}
+    assert (worth["reward model", "best of all"] == worth["reward model", "halving"]
+            == worth["reward model", "halving as it is written"])      # from the same draws
+
+
+def test_the_exact_value_of_what_the_world_could_not_have_written_stays(inside):
+    dataset = open_dataset("toy")
+    tokens = dataset.split("val")[0].responses[0]
+    wrong = np.concatenate([tokens[:9], tokens[:3]])
+    (right, broken), = bon.exact_values(dataset, [Row(tokens[:1], (tokens, wrong))])
+    exact = dataset.split("val").of_responses(dataset.array("val", "exact-value"), 0)[0]
+    assert right == pytest.approx(exact, abs=1e-6) and broken == right[:9] + [right[8]] * 3
+
+
 def test_candidates_of_a_file_may_be_unequal_in_number_wrong_or_too_long(inside):
     texts = {"P": ["+a", "b", "+a", "c"], "Q": ["+a", "+b"], "R": ["a"], "S": [], "T": ["x " * 300]}
     rows = [{"prompt": prompt, "responses": [
         {"text": text, "answer": text.strip("+"), "correct": "+" in text} for text in some]}
         for prompt, some in texts.items()]
     Path("c.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    results = run(candidates="c.jsonl")
+    results = run(candidates="c.jsonl", halve="1")
+    assert {row["judge"] for row in results["ways"]} == {"any", "reward model", "oracle"}
     assert [row["prompts"] for row in results["curve"]] == [3, 2, 1] and results["candidates"] == 7
     assert results["curve"][0]["majority"] == pytest.approx((0.5 + 1 + 0) / 3)
 

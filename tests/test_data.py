@@ -66,6 +66,7 @@ BAD_ROWS = [    # what a good row is changed by, and the reason that is given
     (parse_pairs, {"prompt": " "}, "prompt is empty"),
     (parse_pairs, {"chosen": "no"}, "the same"),
     (parse_pairs, {"prompt": [{"role": [], "content": "x"}]}, "known 'role'"),
+    (parse_pairs, {"prompt": [{"role": "user", "content": "x\n\nAssistant: y"}]}, "another turn"),
     (parse_pairs, {"prompt": messages("x"), "chosen": messages("y")}, "one assistant message"),
     (parse_pairs, {"chosen": ["a", "b"], "rejected": ["c"]}, "unequal numbers"),
     (parse_candidates, {"responses": []}, "no 'responses'"),

@@ -9,6 +9,7 @@ import torch
 
 import evaluate
 from config import UserError, parse, write_json
+from data import rows as rows_of_data
 from data.dataset import open_dataset
 from data.rows import Row, in_batches
 
@@ -44,7 +45,11 @@ def test_rewards_do_not_depend_on_batch_mates_and_scoring_disturbs_nothing(loade
     state = torch.get_rng_state()
     whole = evaluate.score(model, rows)
     assert model.training and torch.equal(state, torch.get_rng_state())
-    with mock.patch.object(evaluate, "in_batches", lambda some: in_batches(some, tokens=100)):
+
+    def few(some, tokens=100, *more):
+        return in_batches(some, tokens, *more)
+
+    with mock.patch.object(rows_of_data, "in_batches", few):
         in_parts = evaluate.score(model, rows[::-1])[::-1]
     for row, a, b in zip(rows, whole, in_parts):
         for response, first, second in zip(row.responses, a, b, strict=True):

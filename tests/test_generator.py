@@ -11,7 +11,7 @@ import generator
 from config import UserError, fingerprint, load_checkpoint
 from conftest import quick_generator
 from data.dataset import open_array, open_dataset
-from generator import draw, load_generator, sample, sample_responses
+from generator import Sampling, draw, load_generator, sample, sample_responses
 from model import LanguageModel, ModelConfig
 
 
@@ -119,6 +119,21 @@ def test_sampling_with_a_cache_equals_sampling_without(trained, temperature, top
         done |= token == end
         tokens = torch.cat([tokens, token[:, None]], 1)
     assert torch.equal(tokens[:, prompt.size(1):], fast[0])
+
+
+def test_rows_that_are_dropped_leave_the_others_as_they_would_be(trained):
+    model, tokenizer, split = trained
+    prompt = torch.tensor(split[0].prompt.astype(np.int64))
+    prompts, end = torch.stack([prompt, prompt.flip(0)]), tokenizer.end_of_text
+    found = []
+    for rows in (range(6), [5, 0, 2]):
+        rng = torch.Generator().manual_seed(5)
+        sampling = Sampling(model, prompts, 3, end, rng, 12, temperature=2.0)
+        assert len(set(map(tuple, sampling.write(4).tolist()))) == 6
+        sampling.keep(torch.tensor(rows))
+        sampling.temperature = 0
+        found.append(sampling.write())
+    assert torch.equal(found[0][[5, 0, 2]], found[1])
 
 
 @pytest.mark.parametrize("rows", [4, 256])

@@ -1,8 +1,10 @@
 """The laboratory: its arms, its pairing, and tables that are those of its runs."""
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from config import UserError, read_json
@@ -12,13 +14,22 @@ from regularizer import READOUTS, REGULARIZERS
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def study(monkeypatch):
-    spec = importlib.util.spec_from_file_location("study", ROOT / "lab" / "study.py")
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "lab" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "study", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def study(monkeypatch):
+    return load("study", monkeypatch)
+
+
+@pytest.fixture
+def real(monkeypatch):
+    return load("real", monkeypatch)
 
 
 def test_arms_are_known_distinct_and_start_with_the_baseline(study):
@@ -78,7 +89,32 @@ def test_tables_in_the_pages_are_those_of_the_runs(study):
     laboratory = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = readme[readme.index("## What was found"):readme.index("## The toy world")]
-    for page, least in ((laboratory, 18), (found, 8)):
+    for page, least in ((laboratory, 18), (found, 7)):
         quoted = [line for line in page.splitlines() if line.startswith("| `none")
                   or line.startswith("| `icrm") or line.startswith("| `dense")]
         assert len(quoted) >= least and not [line for line in quoted if line not in printed]
+
+
+# Real labels -------------------------------------------------------------------------------------
+
+def test_arms_on_real_labels_are_known_and_distinct(real):
+    assert len({arm.name for arm in real.ARMS}) == len(real.ARMS) == 19
+    assert real.ARMS[0] == real.Arm("last", "none")
+    for arm in real.ARMS:
+        assert arm.regularizer in REGULARIZERS and arm.probs in PROBS and arm.readout in READOUTS
+
+
+def test_differences_on_real_labels_are_paired_by_case_and_by_seed(real):
+    rng = np.random.default_rng(0)
+    keys = [(arm, seed) for arm in ("none", "icrm") for seed in (0, 1, 2)]
+    digits = {key: rng.integers(0, 10, 50) for key in keys}
+    runs = {key: {"RM-Bench": "".join(map(str, value))} for key, value in digits.items()}
+    gaps = np.array([digits["icrm", seed] - digits["none", seed] for seed in (0, 1, 2)]) / 9
+    cases = [np.mean([gap[i] for gap in gaps]) for i in range(50)]
+    by_case = 1.96 * math.sqrt(sum((c - np.mean(cases)) ** 2 for c in cases) / 49 / 50)
+    seeds = [gap.mean() for gap in gaps]
+    by_seed = 4.303 * math.sqrt(sum((s - np.mean(seeds)) ** 2 for s in seeds) / 2 / 3)
+    mean = np.mean([digits["icrm", seed] for seed in (0, 1, 2)]) / 9
+    assert real.cell(runs, "icrm", "none", "RM-Bench") == (
+        f"{mean:.3f} ({np.mean(cases):+.3f} ± {by_case:.3f} ± {by_seed:.3f})")
+    assert "(" not in real.cell(runs, "none", "none", "RM-Bench")

@@ -250,6 +250,7 @@ def served(base, tmp_path, monkeypatch):
             if self.path == "/api/models/owner/model?blobs=true":
                 body = json.dumps({"sha": "c0ffee", "siblings": about}).encode()
             self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"") + found.get("cut", 0)))
             self.end_headers()
             self.wfile.write(body or b"")
 
@@ -270,17 +271,21 @@ def test_a_model_on_the_hub_is_fetched_once_and_checked(served, base, tmp_path, 
         right = served[name]
         for body in (right[:-1] + b"?", right[:9], None):
             served[name] = body
-            with pytest.raises(UserError, match="owner/model could not be fetched from http"):
+            with pytest.raises(UserError, match="owner/model .* could not be fetched from http"):
                 hub.find_folder("owner/model")
             assert not list((tmp_path / "cache").rglob(name + "*"))
         served[name] = right
+    served["cut"] = 9           # the connection ends before the file does
+    with pytest.raises(UserError, match="owner/model is no folder here and could not be fetched"):
+        hub.find_folder("owner/model")
+    del served["cut"]
     _, found = read_folder("owner/model")
     _, expected = read_folder(base)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     monkeypatch.setattr(hub, "HUB", "http://127.0.0.1:9")       # nobody is asked again
     assert {path.name for path in hub.find_folder("owner/model").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    with pytest.raises(UserError, match="owner/other could not be fetched.*connect, or"):
+    with pytest.raises(UserError, match="owner/other .* could not be fetched.*connect, or"):
         hub.find_folder("owner/other")
     for name in ("neither", "../a/b", "owner/model/file", "a/..", "/nowhere/at/all"):
         with pytest.raises(UserError, match="neither a folder nor a hub's"):
@@ -312,10 +317,21 @@ def test_dialogues_are_written_in_the_models_own_turns(tmp_path, name):
     start = "<|begin_of_text|>" if name == "llama3" else ""
     system, user = TURNS[name]
     for text, turns in (("\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:", system + user),
+                        ("Human: Hi\n\nAssistant: ", user), ("\n\nHuman: Hi\n\nAssistant:", user),
                         ("Hi", user)):      # a plain prompt is the user's turn
         expected = tokenizer.encoding.encode(start + turns, allowed_special="all")
         assert tokenizer.encode_prompt(text) == expected
     assert tokenizer.encode_reply(" Yes") == tokenizer.encode("Yes") + [tokenizer.end_of_text]
+
+
+def test_a_prompt_that_is_cut_keeps_what_every_dialogue_starts_with(tmp_path):
+    shutil.copy(FOLDERS / "tokenizers" / "llama3.json", tmp_path / "tokenizer.json")
+    tokenizer = read_tokenizer(tmp_path)
+    prompt = tokenizer.encode_prompt("a question that is too long")
+    for room in range(2, len(prompt)):
+        assert tokenizer.cut(prompt, room) == prompt[:1] + prompt[1 - room:]
+    assert tokenizer.cut(prompt, 1) == prompt[-1:]
+    assert tokenizer.cut(prompt, len(prompt)) == tokenizer.cut(prompt, 10**6) == prompt
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3"])

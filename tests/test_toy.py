@@ -15,11 +15,12 @@ from data import tokenizer as tokenizers
 from data.dataset import open_dataset
 from data.probs import PROBS, Probs
 from data.toy.prepare import ToyConfig, main
-from data.toy.world import (EVIDENCE, KINDS, QUALITY, REMARK, State, World, gold, pairs,
+from data.toy.world import (EVIDENCE, KINDS, QUALITY, REMARK, State, World, pairs,
                             split_worlds)
 
 SPLITS = split_worlds(World())
-WORLDS = [World(), World(late=3), World(fillers=1), World(fillers=144), World(fidelity=0.5),
+WORLDS = [World(), World(gold="veto"), World(late=3), World(fillers=1), World(fillers=144),
+          World(gold="veto", late=2), World(fidelity=0.5),
           World(fidelity=1.0), *SPLITS.values()]
 
 
@@ -42,12 +43,14 @@ def test_in_every_world_p_sums_to_one_multiplies_along_a_text_and_V_is_the_mean_
             assert not any(b.startswith(a) for a, b in zip(texts, texts[1:]))
             p, _, piece, state = rng.choices(options, [p for p, *_ in options])[0]
             text, probability = text + piece, probability * p
-        assert gold(text) == state.gold
+        assert world.gold_of(text) == state.gold
         trace = world.trace(encode(text) + [bpe.end_of_text], encode, bpe.end_of_text)
         assert math.prod(p for p, *_ in trace) == pytest.approx(probability)
         for (_, before, _), (p, value, kind) in zip(trace, trace[1:]):  # evidence alone is news
             moved = abs(value - before) > 1e-9
-            assert moved if kind == 2 else not moved or (kind == 0 and p < 0.5)
+            if world.gold == "sum" and kind == 2:
+                assert moved
+            assert not moved or kind == 2 or (kind == 0 and p < 0.5)
 
 
 def test_every_word_is_one_token_and_the_chances_of_all_that_can_follow_sum_to_one(bpe):
@@ -86,6 +89,24 @@ def test_the_exact_value_equals_enumeration(late, done, so_far, pending):
     assert World(late=late).value(State(4 + done, so_far, pending)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("done, so_far, pending", [
+    (0, 0, None), (3, 1, None), (4, -1, 40), (5, 2, 3)])
+def test_the_exact_value_of_a_veto_equals_enumeration(done, so_far, pending):
+    def courses(n, so_far=0):
+        for pieces in itertools.product((-1, 0, 1), repeat=n):
+            spoiled = so_far < 0 or -1 in pieces
+            p = math.prod(0.3 if piece else 0.4 for piece in pieces)
+            yield (-1 if spoiled else so_far + sum(pieces)), p
+    mine = list(courses(6 - done - (pending is not None), so_far))
+    expected = sum(p * q * ((a > b) + 0.5 * (a == b)) for a, p in mine for b, q in courses(6))
+    world = World(gold="veto")
+    assert world.value(State(4 + done, so_far, pending)) == pytest.approx(expected)
+    good, bad = EVIDENCE[0], EVIDENCE[-1]
+    for text, gold in ((f": {good}, x; joy was told; {good}, x.", 2), (": joy was told.", 0),
+                       (f": {good}, x; {bad}, x; {good}, x.", -1)):
+        assert world.gold_of(text) == gold
+
+
 def test_the_settings_of_a_world_change_what_they_say():
     texts = "".join(World().sample(random.Random(i)) for i in range(500))
     found = [(EVIDENCE.index(phrase), REMARK.index(remark))
@@ -103,6 +124,7 @@ def test_the_settings_of_a_world_change_what_they_say():
 def test_pairs_are_the_same_for_a_seed_and_the_chosen_one_has_more_gold():
     first, again = list(pairs(World(), 20, "7 train")), list(pairs(World(), 20, "7 train"))
     assert first == again != list(pairs(World(), 20, "8 train"))
+    gold = World().gold_of
     assert all(gold(chosen) > gold(rejected) for _, chosen, rejected in first)
     noisy = list(pairs(World(), 1000, "noise", noise=0.2))
     assert 0.16 < sum(gold(a) < gold(b) for _, a, b in noisy) / 1000 < 0.24
@@ -131,7 +153,7 @@ def test_what_is_known_of_the_tokens_stands_at_their_places(toy):
         p, V, kind = (toy.array(name, part) for part in ("exact-p", "exact-value", "kind"))
         for i, row in enumerate(split):
             assert not p[split.starts[i]:][:len(row.prompt)].any()    # nothing is known of prompts
-            golds = [gold(toy.tokenizer.decode(tokens)) for tokens in row.responses]
+            golds = [World().gold_of(toy.tokenizer.decode(tokens)) for tokens in row.responses]
             wrong.append(golds[0] < golds[1])
             for side, final in enumerate(golds):
                 mine = [split.of_responses(array, i)[side] for array in (p, V, kind)]

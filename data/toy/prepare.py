@@ -30,6 +30,7 @@ class ToyConfig:
     noise: float = 0.0      # share of training pairs with the wrong label
     fidelity: float = 0.98  # how often evidence has its usual remark, where remarks are usual
     remarks: str = "usual"  # in train and val: usual, random or opposite
+    gold: str = "sum"       # good less bad evidence; veto: good evidence, -1 where one piece is bad
     late: int = 0           # clauses at the start (of six) that are always filler
     fillers: int = 24       # different filler clauses
 
@@ -53,9 +54,10 @@ def main(config):
     in_range(config, 0, 1, "noise", "fidelity")
     in_range(config, 0, World.clauses - 1, "late")
     in_range(config, 1, len(NEUTRAL), "fillers")
+    choose("gold", config.gold, ("sum", "veto"))
     choose("remarks", config.remarks, ("usual", "random", "opposite"))
-    usual = World(fidelity=config.fidelity, remarks=config.remarks, late=config.late,
-                  fillers=config.fillers)
+    usual = World(fidelity=config.fidelity, remarks=config.remarks, gold=config.gold,
+                  late=config.late, fillers=config.fillers)
     worlds = split_worlds(usual)
     texts = {split: pairs(world, config.test, f"{config.seed} {split}")
              for split, world in worlds.items()}

@@ -8,12 +8,13 @@ good and 30 bad, decided by the first word) with a *remark* behind it, or neutra
 training distribution a piece of evidence is followed by its own usual remark 98% of the time: a
 predictable and spurious companion, which a reward model may read instead of the evidence. In the
 shifted worlds the remark is drawn at random, or from the evidence of the opposite quality.
-gold(response) = #good - #bad. All is read off the choices that follow a state (`World.choices`).
+Gold, what a response is worth, is #good - #bad; under a `veto` #good, or -1 where one piece is
+bad: no sum. All is read off the choices that follow a state (`World.choices`).
 """
 import random
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 from data.toy.words import (BAD, FACTS, FILLER, GOOD, LOOKS, OPENING, PLACES, PREDICATES, REMARKS,
@@ -26,12 +27,6 @@ NEUTRAL = [f"{noun} {FACTS[(i + shift) % len(FACTS)]}"
            for shift in range(len(FACTS)) for i, noun in enumerate(FILLER)]
 WORTH = dict(zip(EVIDENCE, QUALITY))
 KINDS = {"remark": 1, "evidence": 2}    # how the first token of such a text is marked
-
-
-def gold(text):
-    """#good - #bad evidence phrases among the clauses of a response; all else counts nothing."""
-    clauses = re.split("[;.]", text.partition(":")[2])
-    return sum(WORTH.get(clause.partition(",")[0].strip(), 0) for clause in clauses)
 
 
 class State(NamedTuple):
@@ -56,8 +51,21 @@ class World:
     evidence: float = 0.6       # probability that a clause is evidence
     fidelity: float = 0.98      # probability of the usual remark (the rest: any of the 60)
     remarks: str = "usual"      # usual | random | opposite
+    gold: str = "sum"           # sum | veto
     late: int = 0               # clauses at the start that are always filler
     fillers: int = len(FILLER)  # filler clauses, up to 144: beyond 24 a noun leaves its fact open
+
+    def with_piece(self, so_far, quality):
+        """Gold with one more piece of evidence."""
+        if self.gold == "veto" and min(so_far, quality) < 0:
+            return -1
+        return so_far + quality
+
+    def gold_of(self, text):
+        """The gold of a response: of the evidence among its clauses; all else counts nothing."""
+        clauses = re.split("[;.]", text.partition(":")[2])
+        pieces = [clause.partition(",")[0].strip() for clause in clauses]
+        return reduce(self.with_piece, [WORTH[piece] for piece in pieces if piece in WORTH], 0)
 
     @lru_cache(maxsize=None)
     def choices(self, state):
@@ -76,7 +84,7 @@ class World:
                     for i, p in enumerate(self.remark_probabilities(state.pending)) if p > 0]
         share = self.evidence * (clause >= self.late)
         found = [(share / len(EVIDENCE), "evidence", f" {phrase},",
-                  State(step, state.gold + QUALITY[i], i))
+                  State(step, self.with_piece(state.gold, QUALITY[i]), i))
                  for i, phrase in enumerate(EVIDENCE) if share]
         return found + [((1 - share) / self.fillers, "filler", f" {fact}{mark}", done)
                         for fact in NEUTRAL[:self.fillers]]
@@ -110,7 +118,8 @@ class World:
             return {state.gold: 1.0}
         merged, evidence = {}, self.evidence * (done >= self.late)
         for change, p in ((+1, evidence / 2), (-1, evidence / 2), (0, 1 - evidence)):
-            for total, q in self.outcomes(State(state.step + 1, state.gold + change)).items():
+            so_far = self.with_piece(state.gold, change) if change else state.gold
+            for total, q in self.outcomes(State(state.step + 1, so_far)).items():
                 merged[total] = merged.get(total, 0.0) + p * q
         return merged
 
@@ -122,19 +131,22 @@ class World:
         return sum(p * q * ((a > b) + 0.5 * (a == b))
                    for a, p in mine.items() for b, q in other.items())
 
-    def trace(self, tokens, encode, end_of_text):
+    def trace(self, tokens, encode, end_of_text, strict=True):
         """What the world knows of a response's tokens, end-of-text last, by the forward algorithm:
         of each its exact probability given all before it, the exact value of the prefix that ends
         with it, and its kind (KINDS), told where a text ends: several may begin alike. A token that
-        it could not have written is a ValueError."""
+        it could not have written is a ValueError, or (not strict) the value stays from there on."""
         known, rows = [Hypothesis(1.0, "", (), State())], []
         for token in tokens:
             if not known[0].ahead:      # a text has ended, alone: predict those that may follow
                 first = len(rows)
                 known = self.texts_after(known[0].after, encode, end_of_text)
             known = [one for one in known if one.ahead[0] == token]             # observe
-            if not known:
+            if not known and strict:
                 raise ValueError(f"token {len(rows)} is none that this world could have written")
+            if not known:
+                value = rows[-1][1] if rows else self.value(State())
+                return rows + [[0.0, value, 0]] * (len(tokens) - len(rows))
             p = sum(one.weight for one in known)
             value = sum(one.weight * self.value(one.after) for one in known) / p
             rows.append([p, value, 0])
@@ -166,7 +178,8 @@ def pairs(world, count, seed, noise=0.0):
     while count:
         place, town = (words[int(rng.random() * len(words))] for words in (PLACES, TOWNS))
         prompt, a, b = f"How is the {place} in {town}?", world.sample(rng), world.sample(rng)
-        if gold(a) != gold(b):
+        more, less = world.gold_of(a), world.gold_of(b)
+        if more != less:
             wrong = noise > 0 and rng.random() < noise
-            yield prompt, *((a, b) if (gold(a) > gold(b)) != wrong else (b, a))
+            yield prompt, *((a, b) if (more > less) != wrong else (b, a))
             count -= 1

@@ -1,0 +1,247 @@
+"""Real labels and a real instruct model: what the arms are worth on HH-RLHF.
+
+    python lab/real.py --name=harmless --pairs=FILE --rm_bench=FILE --candidates=FILE
+    python lab/real.py --tables=True        print the tables of lab/real.json; nothing is trained
+
+The last blocks of a pretrained model are trained on pairs; what lies below is read once. A run is
+`python train.py` with one arm's settings, measured on held-out pairs, on RM-Bench, and by what it
+picks of stored candidates, whole or half-written. A finished run is not repeated.
+"""
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import mean_and_half_width
+from bon import halve
+from config import (UserError, autocast, fingerprint, load_checkpoint, pick_device, read_json,
+                    run_other, run_script, show, write_json)
+from data.dataset import open_array, open_dataset, write_array
+from data.frozen import states_of, store_states
+from data.pairs import read_candidate_rows, read_pair_rows
+from data.rows import Row
+from evaluate import load_reward_model, score
+from model import frozen_language_model
+
+RESULTS = ROOT / "lab" / "real.json"
+SEEDS = (0, 1, 2)
+CANDIDATES = 150        # of the prompts with candidates, the first so many
+HALVE = (20, 40)        # response tokens after which half of the candidates are dropped
+# Chosen on a third of the training prompts alone (lab/README.md).
+UNFROZEN, TRAINING = 3, dict(steps=45, batch_size=32, learning_rate=3e-4, lm_weight=0.0)
+SCRATCH = dict(n_layer=30, n_head=9, n_embd=576)    # about the pretrained one's size
+
+
+@dataclass(frozen=True)
+class RealConfig:
+    init_from: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder, or owner/model on the hub
+    name: str = "harmless"  # of the pairs, and of the dataset made of them
+    pairs: str = ""         # JSONL of pairs; a fifth of the prompts is held out
+    rm_bench: str = ""      # JSONL of RM-Bench's pairs
+    candidates: str = ""    # JSONL of prompts with correct and incorrect responses
+    dtype: str = "auto"     # auto (bfloat16 on CUDA), float32, bfloat16
+    workers: int = 2        # runs at a time, one thread each
+    tables: bool = False    # print the tables of lab/real.json and train nothing
+
+
+class Arm(NamedTuple):
+    """One way to train a reward model."""
+    readout: str = "last"
+    regularizer: str = "none"
+    reg_weight: float = 0.5
+    probs: str = "generator"
+    generator: str = "pretrained"   # or scratch: all blocks trained, from random weights
+
+    @property
+    def name(self):
+        return "-".join(map(str, self))
+
+
+WAYS = (("none",), ("icrm",), ("icrm", 0.1), ("icrm", 0.5, "uniform"), ("dense_bt",),
+        ("icrm_gap_bound",))
+ARMS = [Arm(readout, *way) for readout in ("last", "sum", "mean") for way in WAYS]
+ARMS.append(Arm(generator="scratch"))
+# What is measured, and the highest digit that a case has in lab/real.json.
+MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1}
+
+
+# What is measured --------------------------------------------------------------------------------
+
+def with_states(rows, trunk, folder):
+    """The rows with the hidden states below the trained blocks, kept in the pretrained model's
+    folder by the rows' fingerprint."""
+    sizes = [row.size for row in rows]
+    which = fingerprint(*(part for row in rows for part in (row.prompt, *row.responses)))
+    path = folder / f"{which[:16]}-below-{trunk.frozen}.npy"
+    if not path.exists():
+        write_array(path, (sum(sizes), trunk.config.n_embd), "<f2", states_of(trunk, rows))
+    parts = np.split(open_array(path, sum(sizes)), np.cumsum(sizes)[:-1])
+    return [row._replace(below=part) for row, part in zip(rows, parts)]
+
+
+class Measures:
+    """The rows that every run is measured on, with the states below the trained blocks."""
+
+    def __init__(self, config):
+        folder, dataset = Path(f"out/real/{config.name}/pretrained"), open_dataset(config.name)
+        trunk = frozen_language_model(load_checkpoint(folder, "generator"), folder).model
+        trunk.to(pick_device("auto"))
+        trunk.freeze(len(trunk.layers) - UNFROZEN)
+        self.frozen, split = trunk.frozen, dataset.split("val")
+        split.below = store_states(trunk, dataset, ("val",), folder)["val"]
+        self.pairs = [split[i] for i in range(len(split))]
+        about = dataset.tokenizer, dataset.block_size, True     # plain prompts are dialogues
+        items, rows, _ = read_pair_rows(config.rm_bench, *about)
+        numbers = {}            # text of a prompt -> its number
+        texts = defaultdict(dict)       # number of a prompt -> {bytes of a response: it}
+        self.duels = []         # (number, chosen style below rejected style?, chosen, rejected)
+        for item, row in zip(items, rows):
+            number = numbers.setdefault(item.prompt, len(numbers))
+            chosen, rejected = (one.tobytes() for one in row.responses)
+            texts[number] |= {chosen: row.responses[0], rejected: row.responses[1]}
+            self.duels.append((number, item.cell[0] < item.cell[1], chosen, rejected))
+        if any(sum(duel[0] == i for duel in self.duels) != 9 for i in texts):
+            raise UserError(f"{config.rm_bench}: a prompt has not nine pairs")
+        self.keys = [list(some) for some in texts.values()]
+        prompts = {numbers[item.prompt]: row.prompt for item, row in zip(items, rows)}
+        rows = [Row(prompts[i], tuple(some.values())) for i, some in texts.items()]
+        self.styles = with_states(rows, trunk, folder)
+        self.items, rows, _ = read_candidate_rows(config.candidates, *about)
+        self.candidates = with_states(rows[:CANDIDATES], trunk, folder)
+
+    def of(self, folder, whole):
+        """A trained run's folder -> for each of MEASURES a digit of each case; whole: all blocks
+        were trained, so they are read."""
+        model, _, _ = load_reward_model(folder, "auto")
+        model.model.frozen = self.frozen
+
+        def rewards_of(rows):
+            return score(model, [row._replace(below=None) for row in rows] if whole else rows)
+
+        styles = [dict(zip(keys, rewards))
+                  for keys, rewards in zip(self.keys, rewards_of(self.styles))]
+        wins, hard = np.zeros((2, len(styles)), int)
+        for number, is_hard, chosen, rejected in self.duels:
+            win = styles[number][chosen][-1] > styles[number][rejected][-1]
+            wins[number] += win
+            hard[number] += win and is_hard
+        rewards = rewards_of(self.candidates)
+        picks = [[int(item.correct[halve(some, places)[0]]) for item, some in
+                  zip(self.items, rewards)] for places in ((), HALVE)]
+        hits = [int(a[-1] > b[-1]) for a, b in rewards_of(self.pairs)]
+        spent = [halve(some, HALVE)[1] / sum(map(len, some)) for some in rewards]
+        digits = dict(zip(MEASURES, (hits, wins, hard, *picks)))
+        return {"spent": float(np.mean(spent))} | {
+            name: "".join(map(str, values)) for name, values in digits.items()}
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+def make_generator(config, name):
+    """One of the two models to start from, where it is not there yet."""
+    folder = Path(f"out/real/{config.name}/{name}")
+    how = SCRATCH if name == "scratch" else {"init_from": config.init_from}
+    if not (folder / "p.json").exists():
+        run_other("generator.py", dataset=config.name, out_dir=folder, steps=0,
+                  dtype=config.dtype, **how)
+    return folder
+
+
+def run(config, measures, job):
+    """Train and measure one arm with one seed; its checkpoint is not kept."""
+    arm, seed = job
+    folder = Path(f"out/real/{config.name}/{arm.name}-seed{seed}")
+    done, whole = folder / "measured.json", arm.generator == "scratch"
+    how = TRAINING | {"unfrozen": 0 if whole else UNFROZEN, "dtype": config.dtype}
+    if not done.exists():
+        generator = make_generator(config, arm.generator)
+        settings = arm._asdict() | how | {"generator": generator}
+        run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
+                  eval_interval=10**6, **settings)
+        with autocast(pick_device("auto"), config.dtype):
+            numbers = measures.of(folder, whole)
+        write_json(done, {"pairs": config.name, "arm": arm.name, "seed": seed, "how": how,
+                          **numbers})
+        (folder / "ckpt.pt").unlink()
+    if read_json(done, "lab/real.py")["how"] != how:
+        raise UserError(f"{done} is of other settings; delete it to train that arm again")
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+def write_results():
+    """What is measured here, and what lab/real.json had of other runs -> lab/real.json"""
+    known = read_json(RESULTS, "lab/real.py")["runs"] if RESULTS.exists() else []
+    known += [read_json(path, "lab/real.py") for path in Path("out/real").glob("*/*/measured.json")]
+    runs = {(one["pairs"], one["arm"], one["seed"]): one for one in known}
+    write_json(RESULTS, {"runs": [runs[key] for key in sorted(runs)]})
+
+
+def cell(runs, arm, base, name):
+    """An arm's mean, and its difference to the base ± half a 95% interval over cases (pairs or
+    prompts), the seeds' mean of each, ± over seeds."""
+    mine, its = (np.array([[int(digit) for digit in runs[one, seed][name]] for seed in SEEDS
+                           if (one, seed) in runs]) / MEASURES[name] for one in (arm, base))
+    mean = f"{mine.mean():.3f}"
+    if arm == base or mine.shape != its.shape:
+        return mean
+    by_case = 1.96 * (mine - its).mean(0).std(ddof=1) / np.sqrt(mine.shape[1])
+    difference, by_seed = mean_and_half_width((mine - its).mean(1))
+    return f"{mean} ({difference:+.3f} ± {by_case:.3f} ± {by_seed:.3f})"
+
+
+def table(found):
+    """The lines of a Markdown table of the arms that have all their seeds (from scratch: one)."""
+    runs = {(one["arm"], one["seed"]): one for one in found}
+    lines = ["| read-out | regularizer | λ | p | " + " | ".join(MEASURES) + " |",
+             "|" + " --- |" * (4 + len(MEASURES))]
+    for arm in ARMS:
+        seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
+        if len(seeds) == len(SEEDS) or seeds and arm.generator == "scratch":
+            cells = [cell(runs, arm.name, ARMS[0].name, name) for name in MEASURES]
+            how = [arm.readout, f"`{arm.regularizer}`", str(arm.reg_weight), arm.probs]
+            how[2:] = ["", ""] if arm.regularizer == "none" else how[2:]
+            how[1] += ", from random weights" * (arm.generator == "scratch")
+            lines.append("| " + " | ".join([*how, *cells]) + " |")
+    return lines
+
+
+def tables(found):
+    lines = []
+    for name in dict.fromkeys(one["pairs"] for one in found):
+        lines += [f"### {name}", "", *table([one for one in found if one["pairs"] == name]), ""]
+    return lines
+
+
+def main(config):
+    show(config)
+    if not config.tables:
+        if not Path(f"data/{config.name}/dataset.json").exists():
+            run_other("data/prepare.py", name=config.name, input=config.pairs, val_share=0.2,
+                      tokenizer=config.init_from)
+        make_generator(config, "pretrained")
+        with autocast(pick_device("auto"), config.dtype):
+            measures = Measures(config)
+        jobs = [(arm, seed) for readout in ("last", "sum", "mean") for seed in SEEDS
+                for arm in ARMS if arm.readout == readout and arm.generator == "pretrained"]
+        jobs.append((ARMS[-1], SEEDS[0]))
+        os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
+        torch.set_num_threads(1)
+        with ThreadPool(config.workers) as pool:
+            for _ in tqdm(pool.imap(partial(run, config, measures), jobs), "runs", len(jobs)):
+                write_results()
+    print("\n".join(tables(read_json(RESULTS, "lab/real.py")["runs"])))
+
+
+if __name__ == "__main__":
+    run_script(RealConfig, main)
