@@ -276,6 +276,7 @@ def main(config):
         print_table(results)
         print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json; {time.time() - started:.0f}s")
     if team.size > 1:
+        dist.barrier()      # nobody leaves while the first one evaluates
         dist.destroy_process_group()
 
 
