@@ -137,13 +137,18 @@ def rm_bench(wins):
             "mean": float(matrix.mean())}
 
 
+def first_below(rewards, threshold):
+    """The first step whose reward is below the threshold; -1: none is."""
+    return next((t for t, reward in enumerate(rewards) if reward < threshold), -1)
+
+
 def first_error_scores(rewards, first_errors, threshold):
     """Step rewards of each solution and its first wrong step (-1: none) -> ProcessBench's scores.
 
-    Found is the first step whose reward is below the threshold. error_accuracy: share of wrong
-    solutions whose first error is found; correct_accuracy: share of right ones in which none is;
-    f1: their harmonic mean. A kind that does not occur has no accuracy (None), nor f1."""
-    found = [next((t for t, reward in enumerate(r) if reward < threshold), -1) for r in rewards]
+    Found is the first step below the threshold. error_accuracy: share of wrong solutions whose
+    first error is found; correct_accuracy: share of right ones in which none is; f1: their
+    harmonic mean. A kind that does not occur has no accuracy (None), nor f1."""
+    found = [first_below(r, threshold) for r in rewards]
     wrong = [a == b for a, b in zip(found, first_errors) if b >= 0]
     right = [a == b for a, b in zip(found, first_errors) if b < 0]
     error, correct = (sum(kind) / len(kind) if kind else None for kind in (wrong, right))

@@ -6,7 +6,8 @@
 A better reward model picks better pairs, and so makes a better policy (the paper's third claim). Of
 the responses that the generator samples to a prompt, the best and the worst by reward make a pair;
 the policy starts from the generator, the reference. Then both answer held-out prompts, on the toy
-world judged by the truth. --generator=OUT_DIR is a second round. Left out: sampling anew during
+world judged by the truth. --pairs_from=swapped takes the responses of that split in place of its
+own, --generator=OUT_DIR is a second round. Left out: sampling anew during
 training, other losses (IPO, label smoothing).
 """
 import dataclasses
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (TINY, Run, UserError, autocast, check_finite, fingerprint, in_range, run_script,
-                    show, write_json)
+from config import (TINY, Run, UserError, autocast, check_finite, choose, fingerprint, in_range,
+                    run_script, show, write_json)
 from data.dataset import open_dataset
 from data.rows import Row, batch_of, make_batch
 from data.toy.world import World
@@ -39,6 +40,7 @@ class DPOConfig:
     out_dir: str = ""           # empty: out/dpo-CHECKPOINT-seedSEED
     resume: bool = False        # go on from out_dir's last checkpoint
     beta: float = 0.1           # strength of the pull to the reference
+    pairs_from: str = ""        # a split whose responses make the pairs; empty: sampled ones
     prompts: int = 200          # training prompts, used again where there are fewer
     samples: int = 8            # responses to each
     max_new_tokens: int = 100   # longest response
@@ -59,13 +61,16 @@ def dpo_loss(margin, beta):
 # Pairs -------------------------------------------------------------------------------------------
 
 def prompts_of(dataset, config):
-    """-> training prompts, as many as asked, and held-out prompts, none of them in both"""
+    """-> Rows to train on, as many as asked, of a prompt alone or a prompt and a split's responses;
+    and held-out prompts, none of them in both"""
     held_out = dataset.split("val").prompts()[:config.held_out]
     known = {prompt.tobytes() for prompt in held_out}
-    train = [prompt for prompt in dataset.split("train").prompts() if prompt.tobytes() not in known]
-    if not train or len(held_out) < 2:
-        raise UserError(f"{len(held_out)} prompts to hold out leave {len(train)} to train on")
-    return [train[i % len(train)] for i in range(config.prompts)], held_out
+    rows = (list(dataset.split(config.pairs_from)) if config.pairs_from else
+            [Row(prompt, ()) for prompt in dataset.split("train").prompts()])
+    rows = [row for row in rows if row.prompt.tobytes() not in known]
+    if not rows or len(held_out) < 2:
+        raise UserError(f"{len(held_out)} prompts to hold out leave {len(rows)} to train on")
+    return [rows[i % len(rows)] for i in range(config.prompts)], held_out
 
 
 def best_and_worst(rows, rewards):
@@ -82,15 +87,16 @@ def sums(model, rows):
                 for parts in response_logprobs(model, rows)]
 
 
-def make_pairs(reference, reward_model, tokenizer, prompts, config):
+def make_pairs(reference, reward_model, tokenizer, rows, config):
     """-> Rows of two and the reference's log P of both (pairs, 2), the same whenever it is asked"""
-    rows = sample_rows(reference, tokenizer, prompts, config.samples, config.seed,
-                       config.max_new_tokens)
+    if not config.pairs_from:
+        rows = sample_rows(reference, tokenizer, [row.prompt for row in rows], config.samples,
+                           config.seed, config.max_new_tokens)
     rows = finished(rows, tokenizer)
     pairs = best_and_worst(rows, final_rewards(reward_model, rows))
     if not pairs:
         raise UserError(f"no pair; raise --samples or --max_new_tokens={config.max_new_tokens}")
-    print(f"{len(pairs)} pairs from {len(prompts)} prompts")
+    print(f"{len(pairs)} pairs from {len(rows)} prompts")
     return pairs, torch.from_numpy(np.stack(sums(reference, pairs))).float()
 
 
@@ -191,11 +197,13 @@ def main(config):
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)
         check_fit("judge", its_tokenizer, tokenizer, judge, reference)
-    prompts, held_out = prompts_of(dataset, config)
+    if config.pairs_from:
+        choose("pairs_from", config.pairs_from, dataset.about["splits"])
+    rows, held_out = prompts_of(dataset, config)
     run = Run("policy", config, {"data": dataset.fingerprint,
                                  "generator": fingerprint(reference.state_dict()),
                                  "reward model": fingerprint(reward_model.state_dict())})
-    pairs, logprobs = make_pairs(reference, reward_model, tokenizer, prompts, config)
+    pairs, logprobs = make_pairs(reference, reward_model, tokenizer, rows, config)
     policy = train_policy(config, reference, tokenizer, pairs, logprobs, run)
     results = compare(policy, reference, reward_model, judge, dataset, held_out, config)
     results |= {"pairs": len(pairs), "settings": dataclasses.asdict(config)}

@@ -238,7 +238,7 @@ def sample_rows(model, tokenizer, prompts, n, seed, max_new_tokens):
 def finished(rows, tokenizer):
     """Rows with those responses alone that ended by themselves: the others have no reward yet."""
     return [row._replace(responses=tuple(tokens for tokens in row.responses
-                                         if tokens[-1] == tokenizer.end_of_text)) for row in rows]
+                                         if tokenizer.end_of_text in tokens[-1:])) for row in rows]
 
 
 def until_end(tokens, end_of_text):

@@ -1,11 +1,12 @@
 """Real labels and a real instruct model: what the arms are worth on HH-RLHF.
 
-    python lab/real.py --name=harmless --pairs=FILE --rm_bench=FILE --candidates=FILE
+    python lab/real.py --name=harmless --pairs=A --rm_bench=B --candidates=C --steps=D
     python lab/real.py --tables=True        print the tables of lab/real.json; nothing is trained
 
 The last blocks of a pretrained model are trained on pairs; what lies below is read once. A run is
-`python train.py` with one arm's settings, measured on held-out pairs, on RM-Bench, and by what it
-picks of stored candidates, whole or half-written. A finished run is not repeated.
+`python train.py` with one arm's settings, measured on held-out pairs, on RM-Bench, by what it picks
+of stored candidates, whole or half-written, and by the first wrong steps that it finds. A run that
+stands in lab/real.json is not repeated.
 """
 import os
 import sys
@@ -22,13 +23,13 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import mean_and_half_width
+from benchmarks import best_threshold, first_below, mean_and_half_width
 from bon import halve
 from config import (UserError, autocast, fingerprint, load_checkpoint, pick_device, read_json,
                     run_other, run_script, show, write_json)
 from data.dataset import open_array, open_dataset, write_array
 from data.frozen import states_of, store_states
-from data.pairs import read_candidate_rows, read_pair_rows
+from data.pairs import read_candidate_rows, read_pair_rows, read_step_rows
 from data.rows import Row
 from evaluate import load_reward_model, score
 from model import frozen_language_model
@@ -49,6 +50,7 @@ class RealConfig:
     pairs: str = ""         # JSONL of pairs; a fifth of the prompts is held out
     rm_bench: str = ""      # JSONL of RM-Bench's pairs
     candidates: str = ""    # JSONL of prompts with correct and incorrect responses
+    steps: str = ""         # JSONL of solutions in steps, with the first wrong one
     dtype: str = "auto"     # auto (bfloat16 on CUDA), float32, bfloat16
     workers: int = 2        # runs at a time, one thread each
     tables: bool = False    # print the tables of lab/real.json and train nothing
@@ -72,7 +74,8 @@ WAYS = (("none",), ("icrm",), ("icrm", 0.1), ("icrm", 0.5, "uniform"), ("dense_b
 ARMS = [Arm(readout, *way) for readout in ("last", "sum", "mean") for way in WAYS]
 ARMS.append(Arm(generator="scratch"))
 # What is measured, and the highest digit that a case has in lab/real.json.
-MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1}
+MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1,
+            "first error": 1, "none before it": 1, "largest drop": 1}
 
 
 # What is measured --------------------------------------------------------------------------------
@@ -118,6 +121,8 @@ class Measures:
         self.styles = with_states(rows, trunk, folder)
         self.items, rows, _ = read_candidate_rows(config.candidates, *about)
         self.candidates = with_states(rows[:CANDIDATES], trunk, folder)
+        self.solutions, rows, self.ends = read_step_rows(config.steps, *about)
+        self.steps = with_states(rows, trunk, folder)
 
     def of(self, folder, whole):
         """A trained run's folder -> for each of MEASURES a digit of each case; whole: all blocks
@@ -139,10 +144,31 @@ class Measures:
         picks = [[int(item.correct[halve(some, places)[0]]) for item, some in
                   zip(self.items, rewards)] for places in ((), HALVE)]
         hits = [int(a[-1] > b[-1]) for a, b in rewards_of(self.pairs)]
+        steps = [r[[0, *at]] for (r,), at in zip(rewards_of(self.steps), self.ends)]
         spent = [halve(some, HALVE)[1] / sum(map(len, some)) for some in rewards]
-        digits = dict(zip(MEASURES, (hits, wins, hard, *picks)))
+        digits = dict(zip(MEASURES, (hits, wins, hard, *picks, *self.find_errors(steps))))
         return {"spent": float(np.mean(spent))} | {
             name: "".join(map(str, values)) for name, values in digits.items()}
+
+    def find_errors(self, rewards):
+        """Rewards of wrong solutions, at their first token and behind every step -> digits:
+        whether the first step below a threshold is the first wrong one; where there are steps
+        before that one (a right solution, if an unfinished one), whether none of them is below;
+        whether the reward falls most at that step. The threshold of one half of the prompts is
+        chosen on the other half."""
+        falls, rewards = map(list, zip(*((np.argmin(np.diff(r)), r[1:]) for r in rewards)))
+        prompts = {item.prompt: i % 2 for i, item in enumerate(self.solutions)}
+        half = np.array([prompts[item.prompt] for item in self.solutions])
+        errors = np.array([item.first_error for item in self.solutions])
+        first = np.zeros(len(half), int)
+        for part in (0, 1):
+            others = [(r, error) for r, error, i in zip(rewards, errors, half) if i != part]
+            others += [(r[:error], -1) for r, error in others if error > 0]
+            threshold = best_threshold(*zip(*others))
+            for i in np.flatnonzero(half == part):
+                first[i] = first_below(rewards[i], threshold)
+        before = ((first < 0) | (first >= errors))[errors > 0]
+        return [digits.astype(int) for digits in (first == errors, before, falls == errors)]
 
 
 # Runs --------------------------------------------------------------------------------------------
@@ -157,35 +183,38 @@ def make_generator(config, name):
     return folder
 
 
+def settings_of(config, arm):
+    """What of an arm's training is not its name."""
+    whole = arm.generator == "scratch"
+    return TRAINING | {"unfrozen": 0 if whole else UNFROZEN, "dtype": config.dtype}
+
+
 def run(config, measures, job):
-    """Train and measure one arm with one seed; its checkpoint is not kept."""
+    """Train and measure one arm with one seed; its checkpoint is not kept.  -> what was measured"""
     arm, seed = job
     folder = Path(f"out/real/{config.name}/{arm.name}-seed{seed}")
-    done, whole = folder / "measured.json", arm.generator == "scratch"
-    how = TRAINING | {"unfrozen": 0 if whole else UNFROZEN, "dtype": config.dtype}
-    if not done.exists():
-        generator = make_generator(config, arm.generator)
-        settings = arm._asdict() | how | {"generator": generator}
-        run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
-                  eval_interval=10**6, **settings)
-        with autocast(pick_device("auto"), config.dtype):
-            numbers = measures.of(folder, whole)
-        write_json(done, {"pairs": config.name, "arm": arm.name, "seed": seed, "how": how,
-                          **numbers})
-        (folder / "ckpt.pt").unlink()
-    if read_json(done, "lab/real.py")["how"] != how:
-        raise UserError(f"{done} is of other settings; delete it to train that arm again")
+    how, generator = settings_of(config, arm), make_generator(config, arm.generator)
+    run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
+              eval_interval=10**6, **arm._asdict() | how | {"generator": generator})
+    with autocast(pick_device("auto"), config.dtype):
+        numbers = measures.of(folder, not how["unfrozen"])
+    (folder / "ckpt.pt").unlink()
+    return {"pairs": config.name, "arm": arm.name, "seed": seed, "how": how, **numbers}
+
+
+def to_do(config, runs):
+    """The (arm, seed) that have no run yet; one of other settings is refused."""
+    known = {(one["arm"], one["seed"]): one["how"] for one in runs if one["pairs"] == config.name}
+    jobs = [(arm, seed) for readout in ("last", "sum", "mean") for seed in SEEDS
+            for arm in ARMS if arm.readout == readout and arm.generator == "pretrained"]
+    jobs.append((ARMS[-1], SEEDS[0]))
+    for arm, seed in jobs:
+        if known.get((arm.name, seed), settings_of(config, arm)) != settings_of(config, arm):
+            raise UserError(f"{RESULTS} has {arm.name} with other settings; take it out there")
+    return [(arm, seed) for arm, seed in jobs if (arm.name, seed) not in known]
 
 
 # Tables ------------------------------------------------------------------------------------------
-
-def write_results():
-    """What is measured here, and what lab/real.json had of other runs -> lab/real.json"""
-    known = read_json(RESULTS, "lab/real.py")["runs"] if RESULTS.exists() else []
-    known += [read_json(path, "lab/real.py") for path in Path("out/real").glob("*/*/measured.json")]
-    runs = {(one["pairs"], one["arm"], one["seed"]): one for one in known}
-    write_json(RESULTS, {"runs": [runs[key] for key in sorted(runs)]})
-
 
 def cell(runs, arm, base, name):
     """An arm's mean, and its difference to the base ± half a 95% interval over cases (pairs or
@@ -225,6 +254,7 @@ def tables(found):
 
 def main(config):
     show(config)
+    runs = read_json(RESULTS, "lab/real.py")["runs"] if RESULTS.exists() else []
     if not config.tables:
         if not Path(f"data/{config.name}/dataset.json").exists():
             run_other("data/prepare.py", name=config.name, input=config.pairs, val_share=0.2,
@@ -232,15 +262,14 @@ def main(config):
         make_generator(config, "pretrained")
         with autocast(pick_device("auto"), config.dtype):
             measures = Measures(config)
-        jobs = [(arm, seed) for readout in ("last", "sum", "mean") for seed in SEEDS
-                for arm in ARMS if arm.readout == readout and arm.generator == "pretrained"]
-        jobs.append((ARMS[-1], SEEDS[0]))
         os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
         torch.set_num_threads(1)
         with ThreadPool(config.workers) as pool:
-            for _ in tqdm(pool.imap(partial(run, config, measures), jobs), "runs", len(jobs)):
-                write_results()
-    print("\n".join(tables(read_json(RESULTS, "lab/real.py")["runs"])))
+            jobs = to_do(config, runs)
+            for one in tqdm(pool.imap(partial(run, config, measures), jobs), "runs", len(jobs)):
+                runs = [*runs, one]
+                write_json(RESULTS, {"runs": runs})
+    print("\n".join(tables(runs)))
 
 
 if __name__ == "__main__":

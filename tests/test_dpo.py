@@ -46,9 +46,26 @@ def test_held_out_prompts_are_not_trained_on_and_the_others_come_again(inside):
     every = {split: {prompt.tobytes() for prompt in dataset.split(split).prompts()}
              for split in ("train", "val")}
     train, held_out = dpo.prompts_of(dataset, dpo.DPOConfig(prompts=150, held_out=9))
-    kept, known = ({prompt.tobytes() for prompt in prompts} for prompts in (train, held_out))
+    kept = {row.prompt.tobytes() for row in train}
+    known = {prompt.tobytes() for prompt in held_out}
     assert len(train) == 150 and len(known) == len(held_out) == 9 and known <= every["val"]
     assert kept == every["train"] - known and every["train"] & every["val"]
+
+
+def test_pairs_may_be_those_of_a_split_as_the_reward_model_ranks_them(inside):
+    dataset, (reward_model, tokenizer, _) = open_dataset("toy"), load_reward_model("out/run", "cpu")
+    config = dpo.DPOConfig(pairs_from="swapped", prompts=20, held_out=9)
+    rows, held_out = dpo.prompts_of(dataset, config)
+    assert not {row.prompt.tobytes() for row in rows} & {prompt.tobytes() for prompt in held_out}
+    reference, _ = load_generator("out/toy-generator", "cpu")
+    pairs, _ = dpo.make_pairs(reference, reward_model, tokenizer, rows, config)
+    known = {tuple(part.tobytes() for part in row.responses) for row in dataset.split("swapped")}
+    assert len(pairs) == 20
+    for row, (better, worse) in zip(pairs, dpo.final_rewards(reward_model, pairs)):
+        pair = tuple(part.tobytes() for part in row.responses)
+        assert better > worse and known & {pair, pair[::-1]}
+    with pytest.raises(UserError, match="unknown pairs_from 'swaped'; choose one of: train, val"):
+        run("out/dpo-of-no-split", pairs_from="swaped")
 
 
 def test_a_policy_is_trained_killed_continued_and_judged(inside):
@@ -72,9 +89,9 @@ def test_a_policy_is_trained_killed_continued_and_judged(inside):
 
 def test_pairs_carry_the_references_log_probabilities_and_training_starts_at_margin_zero(inside):
     reference, tokenizer = load_generator("out/toy-generator", "cpu")
-    prompts, _ = dpo.prompts_of(open_dataset("toy"), dpo.DPOConfig(prompts=6))
+    rows, _ = dpo.prompts_of(open_dataset("toy"), dpo.DPOConfig(prompts=6))
     reward_model, *_ = load_reward_model("out/run", "cpu")
-    pairs = dpo.make_pairs(reference, reward_model, tokenizer, prompts, dpo.DPOConfig())
+    pairs = dpo.make_pairs(reference, reward_model, tokenizer, rows, dpo.DPOConfig())
     for row, found in zip(*pairs, strict=True):
         alone = [response_logprobs(reference, [Row(row.prompt, (response,))])[0][0].sum()
                  for response in row.responses]

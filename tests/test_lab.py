@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from config import UserError, read_json
+from data.pairs import Item
 from data.probs import PROBS
 from regularizer import READOUTS, REGULARIZERS
 
@@ -118,3 +119,28 @@ def test_differences_on_real_labels_are_paired_by_case_and_by_seed(real):
     assert real.cell(runs, "icrm", "none", "RM-Bench") == (
         f"{mean:.3f} ({np.mean(cases):+.3f} ± {by_case:.3f} ± {by_seed:.3f})")
     assert "(" not in real.cell(runs, "none", "none", "RM-Bench")
+
+
+def test_first_wrong_steps_are_found_by_a_threshold_chosen_on_the_other_prompts(real):
+    """Rewards of odd prompts are lower by 10: the threshold chosen on them finds no step of even
+    ones, and that of even ones finds the first step of each odd one; the fall tells all."""
+    items = [(prompt, error) for prompt in range(4) for error in (0, 1, 2)]
+    measures = object.__new__(real.Measures)
+    measures.solutions = [Item(str(prompt), ("",), first_error=error) for prompt, error in items]
+    rewards = [np.array([1, *(1 if t < error else -1 for t in range(3))]) - 10 * (prompt % 2)
+               for prompt, error in items]
+    found, none_before, falls = measures.find_errors(rewards)
+    assert found.tolist() == [int(prompt % 2 and error == 0) for prompt, error in items]
+    assert none_before.tolist() == [int(prompt % 2 == 0) for prompt, error in items if error]
+    assert falls.all()
+
+
+def test_a_run_on_real_labels_that_stands_in_the_results_is_not_repeated(real):
+    config, every = real.RealConfig(name="mine"), real.to_do(real.RealConfig(), [])
+    assert len(every) == len(set(every)) == 3 * (len(real.ARMS) - 1) + 1
+    runs = [{"pairs": "mine", "arm": arm.name, "seed": seed, "how": real.settings_of(config, arm)}
+            for arm, seed in every[:5]]
+    assert real.to_do(config, runs) == every[5:] and real.to_do(real.RealConfig(), runs) == every
+    runs[0]["how"] = runs[0]["how"] | {"steps": 1}
+    with pytest.raises(UserError, match="last-none-0.5-generator-pretrained with other settings"):
+        real.to_do(config, runs)
