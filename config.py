@@ -171,6 +171,15 @@ def read_json(path, made_by):
     return value
 
 
+def read_records(path):
+    """The objects of a file of JSON lines that write_records wrote; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_records(path, records):
+    write_text(path, "".join(json.dumps(one, allow_nan=False) + "\n" for one in records))
+
+
 def fingerprint(*parts):
     """A sha256 over tensors, arrays, strings and dictionaries of them."""
     digest = hashlib.sha256()

@@ -3,12 +3,13 @@
     python report.py --checkpoint=out/toy-icrm-seed0    val of its dataset; report.html beside it
     python report.py --checkpoint=out/toy-none-seed0,out/toy-icrm-seed0 --svg=PICTURE.svg
 
-The page: accuracies, calibration, best-of-n, and the most confident hits and misses token by token.
-A token's colour is what it did to the reward, r_t - r_t-1: orange up, blue down, nothing at the
-first one, before which there is no prefix to compare with. On the toy world the same of the exact
-value V stands below it. Left out: scripts, labelled responses, files that are no dataset.
+The page: accuracies, calibration, best-of-n, search, and the most confident hits and misses token
+by token. A token's colour is what it did to the reward, r_t - r_t-1: orange up, blue down, nothing
+at the first one, before which there is no prefix to compare with. On the toy world the same of the
+exact value V stands below it. Left out: scripts, labelled responses, files that are no dataset.
 """
 import html
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -16,13 +17,15 @@ from unicodedata import east_asian_width
 import numpy as np
 
 from benchmarks import sigmoid
-from bon import BonConfig, curve, obtain_candidates, open_generator
+from bon import (BonConfig, compare_ways, curve, exact_values, obtain_candidates,
+                 open_generator)
 from config import HERE, UserError, in_range, run_script, show, write_text
 from data.dataset import open_dataset
-from evaluate import (check_fit, evaluate_splits, final_rewards, load_reward_model, score,
+from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,
                       table_lines)
 from generator import load_generator, response_logprobs
 
+HALVE_AT = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))  # of the mean length
 CELL, STRIP = 7.5, 17       # pixels: the width of a character, the height of a strip of colour
 CSS = f"<style>{(HERE / 'lab' / 'report.css').read_text(encoding='utf-8')}</style>"
 NONE = "<p>There are none.</p>"
@@ -136,6 +139,30 @@ def best_of_n(found):
                   "dashed, the best one and a random one.")
 
 
+def search(rewards, worth, exact):
+    """What halving picks and how many tokens it writes, at places that are shares of the mean
+    length; rewards and exact: of every prefix, sets of candidates."""
+    length = np.mean([len(r) for some in rewards for r in some])
+    found = defaultdict(list)       # (judge, way) -> its points
+    for shares in HALVE_AT:
+        places = sorted({max(1, round(share * length)) for share in shares})
+        for row in compare_ways(rewards, worth, range(len(worth)), places, exact):
+            point = row["tokens"], row["worth"]
+            if point not in found[row["judge"], row["way"]]:
+                found[row["judge"], row["way"]].append(point)
+    whole, model = found["reward model", "best of all"], "reward model"
+    lines = [("own", found[model, "halving"] + whole), ("dots", found[model, "halving"] + whole),
+             ("other", found["any", "one"] + found[model, "best of as many tokens"] + whole),
+             ("thin", found["exact value", "halving"] + found["oracle", "best of all"])]
+    points = [point for _, line in lines for point in line]
+    xs, ys = ([0, *axis] for axis in zip(*points))
+    drawn = chart(lines, ticks(0, max(xs), 5, "{:.0f}"), ticks(min(ys), max(ys), 5, "{:.2f}"),
+                  ("tokens written", "gold"))
+    return figure(drawn, "Search: gold of the pick when half of the candidates are dropped at each "
+                  "of three places; dashed, when as many tokens are spent on fewer candidates; "
+                  "thin, when the exact value drops them.")
+
+
 def figures_of(results, device, model, checkpoint, dataset):
     """The figures of the whole split; results: its metrics."""
     found = results["reliability"]
@@ -149,7 +176,10 @@ def figures_of(results, device, model, checkpoint, dataset):
         config = BonConfig(prompts=50, device=device)
         generator, _, gold_of = open_generator(dataset.tokenizer, checkpoint, config)
         rows = obtain_candidates(generator, dataset, config)
-        yield best_of_n(curve(final_rewards(model, rows), gold_of(rows), range(len(rows))))
+        rewards, worth = prefix_rewards(model, rows), gold_of(rows)
+        final = [[r[-1] for r in some] for some in rewards]
+        yield best_of_n(curve(final, worth, range(len(rows))))
+        yield search(rewards, worth, exact_values(dataset, rows))
 
 
 def response(name, pieces, r, V, p, mean):

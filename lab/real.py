@@ -1,12 +1,12 @@
 """Real labels and a real instruct model: what the arms are worth on HH-RLHF.
 
     python lab/real.py --name=harmless --pairs=A --rm_bench=B --candidates=C --steps=D
-    python lab/real.py --tables=True        print the tables of lab/real.json; nothing is trained
+    python lab/real.py --tables=True        print the tables of lab/real.jsonl; nothing is trained
 
 The last blocks of a pretrained model are trained on pairs; what lies below is read once. A run is
 `python train.py` with one arm's settings, measured on held-out pairs, on RM-Bench, by what it picks
 of stored candidates, whole or half-written, and by the first wrong steps that it finds. A run that
-stands in lab/real.json is not repeated.
+stands in lab/real.jsonl is not repeated.
 """
 import os
 import sys
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import best_threshold, first_below, mean_and_half_width
 from bon import halve
-from config import (UserError, autocast, fingerprint, load_checkpoint, pick_device, read_json,
-                    run_other, run_script, show, write_json)
+from config import (UserError, autocast, fingerprint, load_checkpoint, pick_device, read_records,
+                    run_other, run_script, show, write_records)
 from data.dataset import open_array, open_dataset, write_array
 from data.frozen import states_of, store_states
 from data.pairs import read_candidate_rows, read_pair_rows, read_step_rows
@@ -34,7 +34,7 @@ from data.rows import Row
 from evaluate import load_reward_model, score
 from model import frozen_language_model
 
-RESULTS = ROOT / "lab" / "real.json"
+RESULTS = ROOT / "lab" / "real.jsonl"
 SEEDS = (0, 1, 2)
 CANDIDATES = 150        # of the prompts with candidates, the first so many
 HALVE = (20, 40)        # response tokens after which half of the candidates are dropped
@@ -53,7 +53,7 @@ class RealConfig:
     steps: str = ""         # JSONL of solutions in steps, with the first wrong one
     dtype: str = "auto"     # auto (bfloat16 on CUDA), float32, bfloat16
     workers: int = 2        # runs at a time, one thread each
-    tables: bool = False    # print the tables of lab/real.json and train nothing
+    tables: bool = False    # print the tables of lab/real.jsonl and train nothing
 
 
 class Arm(NamedTuple):
@@ -73,7 +73,7 @@ WAYS = (("none",), ("icrm",), ("icrm", 0.1), ("icrm", 0.5, "uniform"), ("dense_b
         ("icrm_gap_bound",))
 ARMS = [Arm(readout, *way) for readout in ("last", "sum", "mean") for way in WAYS]
 ARMS.append(Arm(generator="scratch"))
-# What is measured, and the highest digit that a case has in lab/real.json.
+# What is measured, and the highest digit that a case has in lab/real.jsonl.
 MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1,
             "first error": 1, "none before it": 1, "largest drop": 1}
 
@@ -254,7 +254,7 @@ def tables(found):
 
 def main(config):
     show(config)
-    runs = read_json(RESULTS, "lab/real.py")["runs"] if RESULTS.exists() else []
+    runs = read_records(RESULTS)
     if not config.tables:
         if not Path(f"data/{config.name}/dataset.json").exists():
             run_other("data/prepare.py", name=config.name, input=config.pairs, val_share=0.2,
@@ -268,7 +268,7 @@ def main(config):
             jobs = to_do(config, runs)
             for one in tqdm(pool.imap(partial(run, config, measures), jobs), "runs", len(jobs)):
                 runs = [*runs, one]
-                write_json(RESULTS, {"runs": runs})
+                write_records(RESULTS, runs)
     print("\n".join(tables(runs)))
 
 

@@ -1,125 +1,242 @@
-"""The laboratory's main study: regularizer, p and read-out on ten draws of the toy world.
+"""The laboratory's study on the toy world: read-out, regularizer and p, for accuracy, for the truth
+of prefixes, for search and for policies.
 
-    python lab/study.py                 train what is missing, then print the tables
-    python lab/study.py --tables=True   print the tables of lab/study.json; nothing is trained
+    python lab/study.py                 run what is missing, then print the tables
+    python lab/study.py --tables=True   print the tables of lab/study.jsonl; nothing is trained
 
-A draw is a dataset, a generator and a training seed of its own; every arm meets the same draws and
-all differences are paired by draw. Every run is `python train.py` with its defaults but for the
-arm's settings. A finished run is not repeated: delete out/lab to start over.
+A draw is a dataset, a generator, a training seed and candidates of its own; every arm meets the
+same draws and all differences are paired by draw. A run is `python train.py` with its defaults but
+for the arm's settings. A draw's runs are written when all are done, and are not repeated.
 """
 import os
+import shutil
 import sys
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import mean_and_half_width
-from config import HERE, in_range, read_json, run_other, run_script, show, write_json
+from bon import (BonConfig, best_of_n, exact_values, halve, obtain_candidates, open_generator,
+                 same_tokens)
+from config import (HERE, in_range, read_json, read_records, run_other, run_script, show,
+                    write_records)
+from data.dataset import open_dataset
+from evaluate import load_reward_model, prefix_rewards
 
-DRAWS = range(200, 210)     # decided before they were made; settings were chosen on 100 to 103
-RESULTS = HERE / "lab" / "study.json"
+RESULTS = HERE / "lab" / "study.jsonl"
+DRAWS = range(300, 320)     # decided before any was made; settings were chosen on 100 to 103
+FEW_DRAWS = range(320, 325)     # of the regimes
+POLICY_DRAWS = range(300, 310)
+# World: settings of its data, of its generator. The first two have all arms.
+WORLDS = {
+    "sum": ({}, {}), "veto": ({"gold": "veto"}, {}),
+    "as it is": ({}, {}), "125 pairs": ({"train": 125}, {}), "2,000 pairs": ({"train": 2000}, {}),
+    "144 fillers": ({"fillers": 144}, {}), "20% wrong labels": ({"noise": 0.2}, {}),
+    "late evidence": ({"late": 3}, {}), "one layer": ({}, {"n_layer": 1}),
+    "width 128": ({}, {"n_embd": 128}), "poor generator": ({}, {"steps": 100}),
+}
+HALVE = {"25%": (6, 11, 16), "38%": (12, 20, 28), "50%": (19, 30, 41)}     # of all tokens: places
+CANDIDATES = BonConfig(prompts=60, samples=64, max_new_tokens=100, device="cpu")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    workers: int = 2        # runs at a time, one thread each
-    tables: bool = False    # print the tables of lab/study.json and train nothing
+    workers: int = 2        # draws at a time, one thread each
+    tables: bool = False    # print the tables of lab/study.jsonl and train nothing
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """One way to train a reward model."""
     regularizer: str = "none"
-    probs: str = "generator"
     readout: str = "last"
+    probs: str = "generator"
 
     @property
     def name(self):
-        return "-".join((self.regularizer, self.probs, self.readout))
+        return "-".join(self)
 
 
-CONTENDERS = ("none", "icrm", "dense_bt", "icrm_gap_bound")
-USES_P = ("icrm", "icrm_gap_bound")
+BASE = Arm()
+USES_P = ("icrm", "icrm_gap_bound", "quiet")
+FACTORIAL = [Arm(*pair) for pair in product(
+    ("none", "icrm", "dense_bt", "icrm_gap_bound", "quiet", "td_lambda"), ("last", "mean", "sum"))]
+CONTROLS = [Arm(name, "last", probs) for name in USES_P
+            for probs in ("generator", "uniform", "shuffled", "exact")]
+POLICIES = [BASE, Arm("icrm"), Arm("none", "sum"), Arm("icrm", "sum")]
+IN_REGIMES = POLICIES[:3]
+ACCURACY = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
+            "swapped": ("swapped", "accuracy"), "longer": ("longer", "accuracy"),
+            "corr(z,V)": ("val", "correlation"), "calib.": ("val", "calibration_error"),
+            "leak": ("val", "credit_leak")}
+SEARCH = ("best of 16", "best of 64", "fewer", *HALVE)
+PAIRS_FROM = {"": "sampled", "swapped": "swapped"}     # dpo.py's setting: the name of its column
+POLICY = [f"{what}, {name}" for name in PAIRS_FROM.values() for what in ("gold", "KL")]
+# Question: its world (with the arm a row), arms, columns. The first row is what others differ from.
 TABLES = {
-    "Which regularizer?": [Arm(name) for name in CONTENDERS],
-    "Which p?": [Arm()] + [Arm(name, probs) for name in USES_P
-                           for probs in ("generator", "exact", "uniform", "shuffled")],
-    "Which read-out?": [Arm(name, "generator", readout) for readout in ("last", "mean", "sum")
-                        for name in ("none", "icrm")],
+    "Which regularizer?": ("sum", [arm for arm in FACTORIAL if arm.readout == "last"], ACCURACY),
+    "Which p?": ("sum", [BASE, *CONTROLS], ACCURACY),
+    "Read-out and regularizer": ("sum", FACTORIAL, ACCURACY),
+    "Search": ("sum", FACTORIAL, SEARCH),
+    "Which p, in search?": ("sum", [BASE, *CONTROLS], SEARCH),
+    "A gold that is no sum": ("veto", FACTORIAL, ACCURACY),
+    "Search, where gold is no sum": ("veto", FACTORIAL, SEARCH),
+    "Policies": ("sum", POLICIES, POLICY),
+    **{f"Regime: {world}": (world, IN_REGIMES, ("val", "swapped", "corr(z,V)", "best of 64", "38%"))
+       for world in list(WORLDS)[2:]},
 }
-ARMS = list(dict.fromkeys(arm for arms in TABLES.values() for arm in arms))
-COLUMNS = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
-           "swapped": ("swapped", "accuracy"), "longer": ("longer", "accuracy"),
-           "corr(z,V)": ("val", "correlation"), "calib.": ("val", "calibration_error"),
-           "leak": ("val", "credit_leak")}
 
 
-def make_draw(draw):
-    """The dataset and the generator of one draw, where they are not there yet."""
-    if not Path(f"data/toy-{draw}/dataset.json").exists():
-        run_other("data/toy/prepare.py", quiet=True, name=f"toy-{draw}", seed=draw)
-    if not Path(f"out/lab/{draw}-generator/p.json").exists():
-        run_other("generator.py", quiet=True, dataset=f"toy-{draw}", seed=draw,
-                  out_dir=f"out/lab/{draw}-generator")
+# Runs --------------------------------------------------------------------------------------------
+
+def search_measures(rewards, worth):
+    """Of every candidate its prefixes' rewards and its gold, sets of them -> what picks are worth.
+    fewer: best of as many candidates as the tokens of halving at 38% write whole."""
+    final, found = [[r[-1] for r in some] for some in rewards], {}
+    for n in (16, 64):
+        found[f"best of {n}"] = [best_of_n(r, w, min(n, len(w))) for r, w in zip(final, worth)]
+    for name, places in HALVE.items():
+        picks = [halve(some, places) for some in rewards]
+        found[name] = [w[pick] for w, (pick, _) in zip(worth, picks)]
+        spent = [written / sum(map(len, some)) for some, (_, written) in zip(rewards, picks)]
+        found[f"spent {name}"] = spent
+        if name == "38%":
+            found["fewer"] = list(map(same_tokens, final, worth, spent))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def run(job):
-    """Train and evaluate one arm on one draw: (draw, arm)."""
-    draw, arm = job
-    folder = Path(f"out/lab/{draw}-{arm.name}")
-    if not (folder / "eval.json").exists():
-        run_other("train.py", quiet=True, dataset=f"toy-{draw}", seed=draw,
-                  generator=f"out/lab/{draw}-generator", out_dir=folder,
-                  regularizer=arm.regularizer, probs=arm.probs, readout=arm.readout)
-    splits = read_json(folder / "eval.json", "lab/study.py")["splits"]
-    numbers = {name: round(splits[split][key], 4) for name, (split, key) in COLUMNS.items()}
-    return {"draw": draw, "arm": arm.name, **numbers}
+def run_arm(draw, arm, names, rows, worth, with_policies):
+    """Train one arm on a draw and measure it; names: settings of data and generator."""
+    folder = f"{names['generator'].removesuffix('generator')}{arm.name}"
+    run_other("train.py", quiet=True, out_dir=folder, seed=draw, **names, **arm._asdict())
+    splits = read_json(f"{folder}/eval.json", "lab/study.py")["splits"]
+    found = {name: splits[split][key] for name, (split, key) in ACCURACY.items()}
+    model, _, _ = load_reward_model(folder, "cpu")
+    found |= search_measures(prefix_rewards(model, rows), worth)
+    for pairs_from, name in PAIRS_FROM.items() if with_policies else ():
+        out = f"{folder}-policy-{name}"
+        run_other("dpo.py", quiet=True, checkpoint=folder, out_dir=out, seed=draw,
+                  pairs_from=pairs_from)
+        policy = read_json(f"{out}/results.json", "lab/study.py")["policy"]
+        found |= {f"gold, {name}": policy["gold"], f"KL, {name}": policy["kl"]}
+        shutil.rmtree(out)
+    shutil.rmtree(folder)
+    return found
 
 
-def in_parallel(workers, name, function, jobs):
-    """function(job) of all jobs, in their order; the first that fails ends it."""
-    with ThreadPool(workers) as pool:
-        return list(tqdm(pool.imap(function, jobs), name, len(jobs), disable=None))
-
-
-def table(runs, arms):
-    """Means over draws, and the difference to the first arm with half its 95% interval, paired by
-    draw (bold where it excludes 0): the lines of a Markdown table."""
-    value = {(one["arm"], one["draw"]): one for one in runs}
-    lines = ["| " + " | ".join(["regularizer", "p", "read-out", *COLUMNS]) + " |",
-             "|" + " --- |" * (3 + len(COLUMNS))]
+def run_draw(job):
+    """Everything that is missing of one draw of one world -> its runs: (world, draw, arms)."""
+    world, draw, arms = job
+    data, how = WORLDS[world]
+    name = f"lab-{list(WORLDS).index(world)}-{draw}"
+    names = {"dataset": name, "generator": f"out/lab/{name}-generator"}
+    run_other("data/toy/prepare.py", quiet=True, name=name, seed=draw, **data)
+    run_other("generator.py", quiet=True, dataset=name, out_dir=names["generator"], seed=draw,
+              **how)
+    tokenizer = open_dataset(name).tokenizer
+    generator, dataset, gold_of = open_generator(tokenizer, {"settings": names}, CANDIDATES)
+    rows = obtain_candidates(generator, dataset, CANDIDATES)
+    worth = gold_of(rows)
+    chance = float(np.mean([np.mean(some) for some in worth]))
+    exact = search_measures(exact_values(dataset, rows), worth)
+    found = {"exact value": exact, "no judge": dict.fromkeys(SEARCH, chance)}
     for arm in arms:
-        p = arm.probs if arm.regularizer in USES_P else ""
-        cells = [f"`{arm.regularizer}`", p, arm.readout]
-        for name in COLUMNS:
-            mine = [value[arm.name, draw][name] for draw in DRAWS]
-            base = [value[arms[0].name, draw][name] for draw in DRAWS]
-            mean, half = mean_and_half_width([a - b for a, b in zip(mine, base)])
-            difference = f"{mean:+.3f} ± {half:.3f}"
-            difference = f"**{difference}**" if abs(mean) > half else difference
-            average, _ = mean_and_half_width(mine)
-            cells.append(f"{average:.3f}" + (f" ({difference})" if arm != arms[0] else ""))
-        lines.append("| " + " | ".join(cells) + " |")
+        with_policies = world == "sum" and arm in POLICIES and draw in POLICY_DRAWS
+        found[arm.name] = run_arm(draw, arm, names, rows, worth, with_policies)
+    shutil.rmtree(names["generator"])
+    shutil.rmtree(f"data/{name}")
+    return [{"world": world, "draw": draw, "arm": arm} | {
+        key: round(value, 4) for key, value in some.items()} for arm, some in found.items()]
+
+
+def to_do(runs):
+    """[(world, draw, arms without a run)], the worlds with all arms first."""
+    known = {(one["world"], one["draw"], one["arm"]) for one in runs}
+    jobs = []
+    for i, world in enumerate(WORLDS):
+        arms = ([*FACTORIAL, *CONTROLS], FACTORIAL, IN_REGIMES)[min(i, 2)]
+        for draw in DRAWS if i < 2 else FEW_DRAWS:
+            missing = [arm for arm in dict.fromkeys(arms) if (world, draw, arm.name) not in known]
+            jobs += [(world, draw, missing)] if missing else []
+    return jobs
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+def sign_flip_p(differences):
+    """Two-sided p of a mean of paired differences: of all 2^n ways to flip their signs the share
+    with a sum as far from 0. Exact, by the sums of both halves."""
+    halves = np.array_split(np.asarray(differences, dtype=float), 2)
+    first, second = (np.array(list(product((-1, 1), repeat=len(half)))) @ half for half in halves)
+    seen, second = abs(np.sum(differences)) * (1 - 1e-9), np.sort(second)
+    above = len(second) - np.searchsorted(second, seen - first, "left")
+    below = np.searchsorted(second, -seen - first, "right")
+    return float(np.minimum(above + below, len(second)).sum() / len(first) / len(second))
+
+
+def number_of_looks():
+    """How many differences the tables show."""
+    return len({(world, arm, column) for world, arms, columns in TABLES.values()
+                for arm in arms if arm != BASE for column in columns})
+
+
+def cell(known, world, arm, column):
+    """An arm's mean, and its difference to the baseline's ± half its 95% interval, paired by draw;
+    bold where that excludes 0, with a dagger where its p times the number of looks (Bonferroni) is
+    below 0.05 too."""
+    mine, its = ({draw: one[column] for (place, name, draw), one in known.items()
+                  if (place, name) == (world, which) and column in one}
+                 for which in (arm, BASE.name))
+    if not mine:
+        return ""
+    mean = f"{np.mean(list(mine.values())):.3f}"
+    differences = [mine[draw] - its[draw] for draw in mine if draw in its]
+    if arm == BASE.name or len(differences) < 2:
+        return mean
+    difference, half = mean_and_half_width(differences)
+    sure = "†" * (sign_flip_p(differences) * number_of_looks() < 0.05)
+    text = f"{difference:+.3f} ± {half:.3f}{sure}"
+    return f"{mean} (**{text}**)" if abs(difference) > half else f"{mean} ({text})"
+
+
+def table(runs, world, arms, columns):
+    """The lines of a Markdown table; under what is asked of search, two judges more."""
+    known = {(one["world"], one["arm"], one["draw"]): one for one in runs}
+    lines = ["| " + " | ".join(["regularizer", "p", "read-out", *columns]) + " |",
+             "|" + " --- |" * (3 + len(columns))]
+    rows = [(arm.name, f"`{arm.regularizer}`", arm.probs if arm.regularizer in USES_P else "",
+             arm.readout) for arm in arms]
+    rows += [(name, name, "", "") for name in ("exact value", "no judge") if "38%" in columns]
+    for name, *about in rows:
+        cells = [cell(known, world, name, column) for column in columns]
+        lines += ["| " + " | ".join([*about, *cells]) + " |"] if any(cells) else []
     return lines
 
 
 def tables(runs):
-    return "\n".join("\n".join([f"### {question}", "", *table(runs, arms), ""])
-                     for question, arms in TABLES.items())
+    return "\n".join("\n".join([f"### {question}", "", *table(runs, *about), ""])
+                     for question, about in TABLES.items())
 
 
 def main(config):
     show(config)
     in_range(config, 1, 64, "workers")
+    runs = read_records(RESULTS)
     if not config.tables:
         os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
-        in_parallel(config.workers, "draws", make_draw, DRAWS)
-        jobs = [(draw, arm) for draw in DRAWS for arm in ARMS]
-        write_json(RESULTS, {"runs": in_parallel(config.workers, "runs", run, jobs)})
-    print(tables(read_json(RESULTS, "lab/study.py")["runs"]))
+        torch.set_num_threads(1)
+        jobs = to_do(runs)
+        with ThreadPool(config.workers) as pool:
+            for found in tqdm(pool.imap_unordered(run_draw, jobs), "draws", len(jobs)):
+                runs += found
+                write_records(RESULTS, runs)
+    print(tables(runs))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The laboratory: its arms, its pairing, and tables that are those of its runs."""
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import UserError, read_json
+from bon import halve
+from config import UserError, parse, read_records
 from data.pairs import Item
 from data.probs import PROBS
+from data.toy.prepare import ToyConfig
+from generator import GeneratorConfig
 from regularizer import READOUTS, REGULARIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,60 +37,89 @@ def real(monkeypatch):
     return load("real", monkeypatch)
 
 
-def test_arms_are_known_distinct_and_start_with_the_baseline(study):
-    assert len({arm.name for arm in study.ARMS}) == len(study.ARMS)
-    for arm in study.ARMS:
-        assert arm.regularizer in REGULARIZERS and arm.probs in PROBS and arm.readout in READOUTS
-    assert all(arms[0] == study.Arm("none", "generator", "last") for arms in study.TABLES.values())
-    assert not set(study.DRAWS) & set(range(100, 104))      # what settings were chosen on
+def test_arms_are_known_distinct_and_meet_the_baseline(study):
+    for world, arms, _ in study.TABLES.values():
+        assert world in study.WORLDS and len(set(arms)) == len(arms)
+        assert arms[0] == study.BASE == study.Arm("none", "last", "generator")
+        for arm in arms:
+            assert arm.regularizer in REGULARIZERS
+            assert arm.probs in PROBS and arm.readout in READOUTS
+    draws = [*study.DRAWS, *study.FEW_DRAWS, *range(100, 104)]      # the last: settings' choice
+    assert len(set(draws)) == 29 and set(study.POLICY_DRAWS) < set(study.DRAWS)
+    everything = study.to_do([])
+    assert sum(len(arms) for *_, arms in everything) == 20 * 27 + 20 * 18 + 9 * 5 * 3
+    assert [world for world, *_ in everything[:21]] == ["sum"] * 20 + ["veto"]
 
 
-def test_differences_are_paired_by_draw(study, monkeypatch):
-    monkeypatch.setattr(study, "DRAWS", range(3))
-    arms = [study.Arm("none"), study.Arm("icrm")]
-    runs = [{"draw": draw, "arm": arm.name} | {name: 0.1 * draw + 0.2 * (arm.regularizer == "icrm")
-                                               for name in study.COLUMNS}
-            for arm in arms for draw in (2, 0, 1)]
-    *_, line = study.table(runs, arms)
-    assert line.startswith("| `icrm` | generator | last | 0.300 (**+0.200 ± 0.000**) |")
+def test_a_draws_missing_arms_alone_are_run(study):
+    runs = [{"world": "sum", "draw": 300, "arm": arm.name} for arm in study.FACTORIAL]
+    first, second = study.to_do(runs)[:2]
+    assert first == ("sum", 300, [arm for arm in study.CONTROLS if arm not in study.FACTORIAL])
+    assert second[:2] == ("sum", 301) and len(second[2]) == 27
 
 
-def test_a_study_trains_what_is_missing_and_nothing_twice(study, tmp_path, monkeypatch):
+def test_settings_of_every_world_are_understood(study):
+    for data, how in study.WORLDS.values():
+        parse(ToyConfig, [f"--{key}={value}" for key, value in data.items()])
+        parse(GeneratorConfig, [f"--{key}={value}" for key, value in how.items()])
+
+
+def test_differences_are_paired_by_draw(study):
+    arms = [study.BASE, study.Arm("icrm")]
+    runs = [{"world": "sum", "draw": draw, "arm": arm.name, "val": 0.1 * draw + 0.2 * i}
+            for i, arm in enumerate(arms) for draw in (2, 0, 1)]
+    runs += [{"world": "veto", "draw": 2, "arm": arm.name, "val": 0.5} for arm in arms]
+    *_, line = study.table(runs, "sum", arms, ["val", "swapped"])
+    assert line == "| `icrm` | generator | last | 0.300 (**+0.200 ± 0.000**) |  |"
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_the_sign_flip_p_is_that_of_all_flips(study, n):
+    differences = np.random.default_rng(n).normal(0.5, 1, n).round(1)   # ties and zeros too
+    sums = [abs(sum(s * d for s, d in zip(signs, differences)))
+            for signs in itertools.product((-1, 1), repeat=n)]
+    expected = np.mean([one >= abs(sum(differences)) - 1e-9 for one in sums])
+    assert study.sign_flip_p(differences) == pytest.approx(expected)
+
+
+def test_a_dagger_stands_for_what_survives_all_looks(study):
+    arms, rng = [study.BASE, study.Arm("icrm")], np.random.default_rng(0)
+    noise = rng.normal(size=20)
+    for gain, mark in ((2.0, "†**)"), (0.8, "**)")):
+        runs = [{"world": "sum", "draw": draw, "arm": arm.name, "val": i * (gain + noise[draw])}
+                for i, arm in enumerate(arms) for draw in range(20)]
+        text = study.cell({(one["world"], one["arm"], one["draw"]): one for one in runs},
+                          "sum", arms[1].name, "val")
+        assert text.endswith(mark) and text.count("†") == mark.count("†")
+
+
+def test_what_search_picks_is_what_bon_says_of_each_prompt(study):
+    rng = np.random.default_rng(1)
+    rewards = [[rng.normal(size=n) for n in rng.integers(20, 60, 64)] for _ in range(3)]
+    worth = [rng.integers(-3, 5, 64).tolist() for _ in rewards]
+    found = study.search_measures(rewards, worth)
+    picks = [w[halve(r, (12, 20, 28))[0]] for r, w in zip(rewards, worth)]
+    assert found["38%"] == pytest.approx(np.mean(picks))
+    assert found["best of 64"] == np.mean([w[np.argmax([one[-1] for one in r])]
+                                           for r, w in zip(rewards, worth)])
+    assert found["spent 25%"] < found["spent 38%"] < found["spent 50%"] < 1
+    assert set(found) >= set(study.SEARCH)
+
+
+@pytest.mark.slow
+def test_a_draw_of_the_study_is_run_and_leaves_no_file(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = []
-
-    def run_other(script, quiet, **settings):
-        commands.append((script, settings))
-        if script == "train.py":
-            part = {key: 0.5 for _, key in study.COLUMNS.values()}
-            study.write_json(f"{settings['out_dir']}/eval.json",
-                             {"splits": {name: part for name, _ in study.COLUMNS.values()}})
-
-    monkeypatch.setattr(study, "run_other", run_other)
-    study.make_draw(200)
-    for _ in range(2):
-        found = study.run((200, study.Arm("icrm", "shuffled", "sum")))
-    assert [script for script, _ in commands] == ["data/toy/prepare.py", "generator.py", "train.py"]
-    last = commands[-1][1]
-    assert (last["dataset"], last["seed"], last["probs"]) == ("toy-200", 200, "shuffled")
-    assert found["arm"] == "icrm-shuffled-sum" and found["val"] == 0.5
-
-
-def test_the_first_run_that_fails_ends_the_study(study):
-    """As one line that says why; the jobs behind it never start."""
-    started = []
-
-    def job(number):
-        started.append(number)
-        study.run_other("train.py", quiet=True, steps=number)
-
-    with pytest.raises(UserError, match="^python train.py --steps=0 failed: error: --st.*$"):
-        study.in_parallel(1, "runs", job, range(0, -50, -1))
-    assert len(started) < 10
+    monkeypatch.setattr(study, "CANDIDATES", study.BonConfig(prompts=4, samples=64, device="cpu"))
+    monkeypatch.setitem(study.WORLDS, "veto", ({"gold": "veto", "train": 60, "test": 40},
+                                               {"steps": 60}))
+    exact, chance, run = study.run_draw(("veto", 7, [study.Arm("icrm", "sum", "shuffled")]))
+    assert run["arm"] == "icrm-sum-shuffled" and set(run) >= {*study.ACCURACY, *study.SEARCH}
+    assert exact["best of 64"] >= run["best of 64"] and chance["38%"] == chance["25%"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_tables_in_the_pages_are_those_of_the_runs(study):
-    printed = set(study.tables(read_json(study.RESULTS, "")["runs"]).splitlines())
+    printed = set(study.tables(read_records(study.RESULTS)).splitlines())
     laboratory = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = readme[readme.index("## What was found"):readme.index("## The toy world")]

@@ -35,14 +35,15 @@ def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, t
     page, again = tmp_path / "page.html", tmp_path / "again.html"
     make("--checkpoint=out/run", f"--out={page}", "--count=2")
     elements, source = read(page), page.read_text(encoding="utf-8")
-    for part in ("decoupled", "corr(z,V)", "Is it as sure", "worth what it seems", "Best of n"):
+    for part in ("decoupled", "corr(z,V)", "Is it as sure", "worth what it seems", "Best of n",
+                 "Search"):
         assert part in text_of(elements)
     assert not {tag for tag, _ in elements} & {"script", "img", "link", "iframe", "object"}
     assert not re.search(r"@import|url\(", source) and "prefers-color-scheme: dark" in source
     assert set(re.findall(r"https?://[^\"]*", source)) == {"http://www.w3.org/2000/svg"}    # a name
     pairs = sum(tag == "details" for tag, _ in elements)
     labels = [part.get("aria-label") for tag, part in elements if tag == "svg"]
-    assert pairs in (3, 4) and len(labels) == 3 + 4 * pairs and all(labels)
+    assert pairs in (3, 4) and len(labels) == 4 + 4 * pairs and all(labels)
     make("--checkpoint=out/run", f"--out={again}", "--count=2")
     assert again.read_text(encoding="utf-8") == source
 
