@@ -60,9 +60,9 @@ def ticks(low, high, count=6, form="{:.2g}"):
     return [(value, form.format(value)) for value in np.linspace(low, high, count)]
 
 
-def chart(lines, xs, ys, names, height=250):
+def chart(lines, xs, ys, names, height=250, labels=(), style=""):
     """Lines as SVG. lines: [(css class, [(x, y), ...])]; xs, ys: [(value, text)], the ticks, the
-    first and the last at the ends; names: of x and y."""
+    first and the last at the ends; names: of x and y; labels: [(x, y, text)], ending left of x."""
     width, left, right, top, bottom = 380, 40, 14, 22, 38
     (x0, _), (y0, _) = xs[0], ys[0]
     across = (width - left - right) / (xs[-1][0] - x0 or 1)
@@ -74,14 +74,15 @@ def chart(lines, xs, ys, names, height=250):
     texts = [("0 0", 12, "start", names[1]), (f"{width - right} {height}", -4, "end", names[0])]
     texts += [(at(x0, y), 4, "end", f"{text}&#8198;&#160;") for y, text in ys]
     texts += [(at(x, y0), 16, "middle", text) for x, text in xs]
+    texts += [(at(x, y), 4, "end", f"{text}&#160;&#160;") for x, y, text in labels]
     parts = [f'<text transform="translate({where})" y="{down}" text-anchor="{anchor}">{text}</text>'
              for where, down, anchor, text in texts]
     parts += [f'<path class="axis" d="M{at(x0, y)}H{width - right}"/>' for y, _ in ys]
     for name, points in lines:
         path = ("h0M" if name == "dots" else "L").join(at(*point) for point in points)
         parts.append(f'<path class="{name}" d="M{path}h0"/>')
-    return (f'<svg viewBox="0 0 {width} {height}" role="img" '
-            f'aria-label="{names[1]} against {names[0]}">{"".join(parts)}</svg>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{names[1]} against {names[0]}">{style}{"".join(parts)}</svg>')
 
 
 def strips(pieces, rows, width, below=None, style=""):

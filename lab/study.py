@@ -3,6 +3,7 @@ of prefixes, for search and for policies.
 
     python lab/study.py                 run what is missing, then print the tables
     python lab/study.py --tables=True   print the tables of lab/study.jsonl; nothing is trained
+    python lab/study.py --tables=True --svg=lab/search.svg      and draw what search picks
 
 A draw is a dataset, a generator, a training seed and candidates of its own; every arm meets the
 same draws and all differences are paired by draw. A run is `python train.py` with its defaults but
@@ -26,9 +27,10 @@ from benchmarks import mean_and_half_width
 from bon import (BonConfig, best_of_n, exact_values, halve, obtain_candidates, open_generator,
                  same_tokens)
 from config import (HERE, in_range, read_json, read_records, run_other, run_script, show,
-                    write_records)
+                    write_records, write_text)
 from data.dataset import open_dataset
 from evaluate import load_reward_model, prefix_rewards
+from report import CSS, chart, ticks
 
 RESULTS = HERE / "lab" / "study.jsonl"
 DRAWS = range(300, 320)     # decided before any was made; settings were chosen on 100 to 103
@@ -50,6 +52,7 @@ CANDIDATES = BonConfig(prompts=60, samples=64, max_new_tokens=100, device="cpu")
 class StudyConfig:
     workers: int = 2        # draws at a time, one thread each
     tables: bool = False    # print the tables of lab/study.jsonl and train nothing
+    svg: str = ""           # draw what search picks, by tokens written
 
 
 class Arm(NamedTuple):
@@ -219,6 +222,26 @@ def table(runs, world, arms, columns):
     return lines
 
 
+DRAWN = {"exact value": ("exact value", "thin"), "none-sum-generator": ("none, sum", "own"),
+         "icrm-last-generator": ("icrm", "own"), BASE.name: ("none", "other")}
+
+
+def picture(runs):
+    """What a pick is worth in the first world against the share of the tokens that halving writes,
+    under several judges; at 1 all candidates are written."""
+    lines, labels = [], []
+    for arm, (label, style) in DRAWN.items():
+        some = [one for one in runs if (one["world"], one["arm"]) == ("sum", arm) and "38%" in one]
+        points = [(np.mean([one[f"spent {name}"] for one in some]),
+                   np.mean([one[name] for one in some])) for name in HALVE]
+        points.append((1.0, np.mean([one["best of 64"] for one in some])))
+        lines += [(style, points), ("dots", points)]
+        labels.append((*points[0], label))
+    golds = [y for _, points in lines for _, y in points]
+    return chart(lines, ticks(0, 1), ticks(min(golds), max(golds), 5),
+                 ("share of all tokens written", "gold of the pick"), labels=labels, style=CSS)
+
+
 def tables(runs):
     return "\n".join("\n".join([f"### {question}", "", *table(runs, *about), ""])
                      for question, about in TABLES.items())
@@ -237,6 +260,8 @@ def main(config):
                 runs += found
                 write_records(RESULTS, runs)
     print(tables(runs))
+    if config.svg:
+        write_text(config.svg, picture(runs))
 
 
 if __name__ == "__main__":
