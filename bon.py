@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError, in_range, run_script, show, write_json
+from config import UserError, in_range, run_script, show
 from data.dataset import open_dataset
-from data.pairs import read_candidate_rows
+from data.files import write_json
+from data.jsonl import read_candidate_rows
 from data.rows import Row
 from data.toy.world import World
 from evaluate import (check_fit, final_rewards, load_reward_model, prefix_rewards, print_lines,
@@ -43,6 +44,7 @@ class BonConfig:
     max_new_tokens: int = 256   # longest response; those without an end by then are left out
     seed: int = 0               # of sampling
     as_dialogue: bool = False   # write plain prompts as one Human turn
+    skip_bad: bool = False      # go on where much of a file is left out
     device: str = "auto"        # auto, cpu, cuda, cuda:N
 
 
@@ -248,7 +250,8 @@ def main(config):
     answers = exact = None
     if config.candidates:
         items, rows, _ = read_candidate_rows(
-            config.candidates, tokenizer, model.model.config.block_size, config.as_dialogue)
+            config.candidates, tokenizer, model.model.config.block_size, config.as_dialogue,
+            config.skip_bad)
         worth, prompts, answers = zip(*((one.correct, one.prompt, one.answers) for one in items))
     else:
         generator, dataset, worth_of = open_generator(tokenizer, checkpoint, config)

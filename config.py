@@ -1,4 +1,4 @@
-"""Settings from the command line, files that are never half written, and the folder of a run.
+"""Settings from the command line, errors in one line, signals and devices.
 
 A script declares one frozen dataclass; every field is set by `--key=value`, and a field's trailing
 comment is its line in `--help`. Every mistake of the user is one line and exit status 2.
@@ -6,23 +6,19 @@ Left out on purpose: config files, nested settings, environment variables.
 """
 import dataclasses
 import difflib
-import hashlib
 import inspect
-import json
 import math
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 TINY = 1e-9     # as good as 0 for a setting that must not be 0
-LAYOUT = 2      # of checkpoints and datasets; another number is made again
 TAKES = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
@@ -30,32 +26,70 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, exit status 2, no traceback."""
 
 
+class Stopped(BaseException):
+    """The process was asked to stop by a signal, args[0]."""
+
+
+class Stopping:
+    """What a signal that asks to stop does: it ends the process with one line or, where a loop is
+    patient, waits until its step is done and saved. A second one does not wait."""
+    patient = False
+    asked = None    # the signal that waits
+
+    @classmethod
+    def receive(cls, number, frame):
+        if not cls.patient or cls.asked:
+            raise Stopped(number)
+        cls.asked = number
+        print("\nstopping when this step is done and saved", file=sys.stderr)
+
+    @classmethod
+    def obey(cls):
+        """Stop now, if asked to."""
+        if cls.asked:
+            raise Stopped(cls.asked)
+
+
 def run_script(config_class, main):
     """Parse the command line into config_class and call main(config)."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")     # Windows lacks the last
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        if signal.getsignal(number) != signal.SIG_IGN:      # nohup's choice stays
+            signal.signal(number, Stopping.receive)
     try:
         main(parse(config_class, sys.argv[1:]))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; a training run goes on with --resume=True")
+    except Stopped as stopped:
+        name = signal.Signals(stopped.args[0]).name
+        print(f"stopped by {name}; a training run goes on with --resume=True", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
 
 
 def run_other(script, quiet=False, **settings):
-    """Run another of our scripts as a command. quiet: show what it prints only where it fails."""
+    """Run another of our scripts as a command. quiet: show what it prints only where it fails. One
+    that is running when this process is stopped is asked to stop too."""
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     if not quiet:
         print("+ python", script, *arguments, flush=True)
-    done = subprocess.run([sys.executable, HERE / script, *arguments], capture_output=quiet,
-                          text=True)
-    if done.returncode:
-        why = done.stderr.strip() if quiet else "see above"
+    pipe = subprocess.PIPE if quiet else None
+    command = [sys.executable, HERE / script, *arguments]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
+        try:
+            _, said = child.communicate()
+        except BaseException:
+            child.terminate()
+            raise
+    if child.returncode:
+        why = said.strip() if quiet else "see above"
         raise UserError(f"python {script} {' '.join(arguments)} failed: {why}")
 
 
 def parse(config_class, arguments):
-    """['--key=value', ...] -> config_class. The value is all that follows the first '='."""
+    """['--key=value', ...] -> config_class. The value is all that follows the first '='; one that
+    begins with ~ is a path in the user's home."""
     kinds = {field.name: type(field.default) for field in dataclasses.fields(config_class)}
     values = {}
     for argument in arguments:
@@ -66,14 +100,22 @@ def parse(config_class, arguments):
         if not argument.startswith("--") or not equals:
             raise UserError(f"cannot read {argument!r}; write --key=value (--help lists them)")
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)
-            raise UserError(f"unknown setting --{key}; did you mean --{near[0]}? (or see --help)")
+            raise UserError(f"unknown setting --{key}; did you mean --{nearest(key, kinds)}? "
+                            "(or see --help)")
         kind = kinds[key]
         try:
             values[key] = {"True": True, "False": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise UserError(f"--{key} takes {TAKES[kind]}, not {text!r}") from None
+        if kind is str:
+            values[key] = ",".join(map(os.path.expanduser, text.split(",")))
     return config_class(**values)
+
+
+def nearest(key, names):
+    """The setting that was meant: the one of these initials (lr), or the one spelled most alike."""
+    initials = {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
+    return initials.get(key) or difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
 
 
 def usage(config_class):
@@ -106,6 +148,13 @@ def choose(name, value, options):
         raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(options)}")
 
 
+def check_finite(step, *values):
+    """Stop the run where a loss or a gradient is not a number; the checkpoint before it stays."""
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"the loss or its gradient is not finite at step {step}; the last "
+                        "checkpoint, if any, is kept. Try a smaller --learning_rate")
+
+
 # Devices ----------------------------------------------------------------------------------------
 
 def pick_device(name):
@@ -126,168 +175,3 @@ def autocast(device, dtype):
     choose("dtype", dtype, ("auto", "float32", "bfloat16"))
     low = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
-
-
-# Files ------------------------------------------------------------------------------------------
-
-def write_atomically(path, write):
-    """Call write(temporary_path), flush it to disk and rename it to path: all of it or none."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path, value):
-    try:
-        text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    except ValueError:
-        raise UserError(f"a result for {path} is not finite; nothing was written") from None
-    write_text(path, text)
-
-
-def read_json(path, made_by):
-    """A JSON object that one of our scripts wrote."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; make it with {made_by}") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged; make it again with {made_by}")
-    return value
-
-
-def read_records(path):
-    """The objects of a file of JSON lines that write_records wrote; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_records(path, records):
-    write_text(path, "".join(json.dumps(one, allow_nan=False) + "\n" for one in records))
-
-
-def fingerprint(*parts):
-    """A sha256 over tensors, arrays, strings and dictionaries of them."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, dict):
-            part = "".join(f"{key}:{fingerprint(value)}" for key, value in sorted(part.items()))
-        if isinstance(part, torch.Tensor):
-            part = part.numpy(force=True)
-        digest.update(part.encode() if isinstance(part, str) else part.reshape(-1))
-    return digest.hexdigest()
-
-
-# Runs -------------------------------------------------------------------------------------------
-
-def load_checkpoint(path, *kinds):
-    """The dictionary saved by Run.save, of a file or the folder that holds it; kinds: 'generator',
-    'reward model' or 'policy'."""
-    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file of other bytes makes the unpickler raise
-        raise UserError(f"{path} is no checkpoint, or cut short ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in kinds:
-        raise UserError(f"{path} holds no {' or '.join(kinds)}")
-    if checkpoint.get("layout") != LAYOUT:
-        raise UserError(f"{path} was written by another edition of this project; train it again")
-    return checkpoint
-
-
-def save_tensors(checkpoint, path):
-    try:
-        torch.save(checkpoint, path)
-    except RuntimeError as error:       # what it makes of a full disk
-        raise OSError(str(error).splitlines()[0]) from None
-
-
-def check_finite(step, *values):
-    """Stop the run where a loss or a gradient is not a number; the checkpoint before it stays."""
-    if not all(map(math.isfinite, values)):
-        raise UserError(f"the loss or its gradient is not finite at step {step}; the last "
-                        "checkpoint, if any, is kept. Try a smaller --learning_rate")
-
-
-class Run:
-    """An output folder: ckpt.pt and log.jsonl of one training run with one set of settings.
-
-    Starting a run in a folder that holds one keeps the old one as FOLDER.previous. With resume the
-    old one goes on instead, and is refused by name where a setting or an input (the data, p, the
-    text of regularizer.py: fingerprints) is not what it began with.
-    """
-    FREE = ("out_dir", "resume", "device", "recompute", "compile")  # may differ in a continuation
-
-    def __init__(self, kind, config, inputs, writes=True):
-        self.folder, self.kind, self.writes = Path(config.out_dir), kind, writes
-        self.settings = {key: value for key, value in vars(config).items() if key not in self.FREE}
-        self.inputs, self.checkpoint = inputs, None
-        if config.resume:
-            self.checkpoint = load_checkpoint(self.folder, kind)
-            self.refuse_others()
-        elif writes and self.holds_run(self.folder):
-            previous = Path(f"{self.folder}.previous")
-            if self.holds_run(previous):
-                shutil.rmtree(previous)
-            self.folder.rename(previous)
-            print(f"the run that was in {self.folder} is kept as {previous}")
-        if writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    @staticmethod
-    def holds_run(folder):
-        return (folder / "log.jsonl").exists() or (folder / "ckpt.pt").exists()
-
-    def refuse_others(self):
-        """A UserError that names the first setting or input which is not the checkpoint's."""
-        settings, inputs = self.checkpoint["settings"], self.checkpoint["inputs"]
-        others = [f"--{key}={settings.get(key)}, not {value}"
-                  for key, value in self.settings.items() if settings.get(key) != value]
-        others += [f"another {key} than there is now" for key, value in self.inputs.items()
-                   if inputs.get(key) != value]
-        if others:
-            raise UserError(f"{self.folder} holds a run with {others[0]}; it goes on only as it "
-                            "began. Start anew without --resume=True")
-
-    def restore(self, model, optimizer):
-        """Load the checkpoint, if any, into model and optimizer; returns the next step's number."""
-        if self.checkpoint is None:
-            return 0
-        model.load_state_dict(self.checkpoint["model"])
-        optimizer.load_state_dict(self.checkpoint["optimizer"])
-        step, log = self.checkpoint["step"], self.folder / "log.jsonl"
-        if self.writes and log.exists():    # what was logged after the checkpoint is logged again
-            lines = log.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]
-            write_text(log, "".join(line for line in whole if json.loads(line)["step"] <= step))
-        return step
-
-    def log(self, record):
-        """Append one line to log.jsonl."""
-        if self.writes:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def save(self, step, model, optimizer, **more):
-        """Write ckpt.pt: step updates are done."""
-        checkpoint = dict(kind=self.kind, layout=LAYOUT, settings=self.settings, inputs=self.inputs,
-                          step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                          **more)
-        if self.writes:
-            write_atomically(self.folder / "ckpt.pt", partial(save_tensors, checkpoint))

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (TINY, Run, UserError, autocast, check_finite, choose, fingerprint, in_range,
-                    run_script, show, write_json)
+from config import TINY, UserError, autocast, check_finite, choose, in_range, run_script, show
 from data.dataset import open_dataset
+from data.files import Run, fingerprint, write_json
 from data.rows import Row, batch_of, make_batch
 from data.toy.world import World
 from evaluate import check_fit, final_rewards, load_reward_model, print_lines, text_of
@@ -130,7 +130,7 @@ def train_policy(config, reference, tokenizer, pairs, logprobs, run):
             check_finite(*record.values())
             run.log(record)
             tqdm.write("{:5d}{:10.3f}{:10.3f}{:10.3f}{:11.3f}".format(*record.values()))
-        if done % SAVE_EVERY == 0 or done == config.steps:
+        if done % SAVE_EVERY == 0 or done == config.steps or run.asked:
             run.save(done, policy, optimizer, model_config=dataclasses.asdict(sizes),
                      tokenizer=tokenizer.to_dict())
     return policy.eval().requires_grad_(False)

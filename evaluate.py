@@ -19,17 +19,16 @@ import torch
 from benchmarks import (best_threshold, compare_with_truth, first_error_scores, print_benchmarks,
                         print_lines, reliability, rewardbench_sections, rm_bench, share_right,
                         text_of)
-from config import (UserError, load_checkpoint, pick_device, read_json, run_script, show,
-                    write_json)
+from config import UserError, pick_device, run_script, show
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_dataset
-from data.pairs import read_pair_rows, read_step_rows
+from data.files import load_checkpoint, read_json, write_json
+from data.jsonl import read_pair_rows, read_step_rows
 from data.rows import Row, row_by_row
 from model import ModelConfig, RewardModel, load_weights
 from regularizer import read_out
 
 AT_ONCE = 8     # responses in one row: attention over a row costs its length squared
-
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -40,6 +39,7 @@ class EvalConfig:
     compare: str = ""           # evaluated runs to show side by side: DIR,DIR,...
     json: str = ""              # write the results here, with --data every pair's rewards too
     as_dialogue: bool = False   # write plain prompts as one Human turn
+    skip_bad: bool = False      # go on where much of a file is left out
     device: str = "auto"        # auto, cpu, cuda, cuda:N
 
 
@@ -177,7 +177,7 @@ def evaluate_splits(model, dataset, known=None):
 def evaluate_file(model, tokenizer, config):
     """A file of pairs -> metrics, those of its subsets, and every pair's rewards."""
     pairs, rows, left_out = read_pair_rows(config.data, tokenizer, model.model.config.block_size,
-                                           config.as_dialogue)
+                                           config.as_dialogue, config.skip_bad)
     rewards = score(model, rows, lambda i: f"pair {pairs[i - 1].id or i}")
     results = evaluate_pairs(rows, rewards, [p.prompt for p in pairs]) | {"left_out": left_out}
     subsets, cells = defaultdict(list), defaultdict(lambda: defaultdict(list))
@@ -210,7 +210,7 @@ def evaluate_steps(model, tokenizer, config):
 
     def step_rewards(path):
         items, rows, ends = read_step_rows(path, tokenizer, model.model.config.block_size,
-                                           config.as_dialogue)
+                                           config.as_dialogue, config.skip_bad)
         rewards = score(model, rows, lambda i: f"solution {i} of {path}")
         return items, [r[at] for (r,), at in zip(rewards, ends)]
     tuning, rewards = step_rewards(config.threshold_from)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import (TINY, Run, UserError, autocast, check_finite, fingerprint, in_range,
-                    load_checkpoint, pick_device, run_script, show, write_json)
+from config import TINY, UserError, autocast, check_finite, in_range, pick_device, run_script, show
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_array, open_dataset, write_array
+from data.files import Run, file_digest, load_checkpoint, write_json
 from data.rows import Row, batch_of, make_batch, row_by_row
 from model import (KVCache, LanguageModel, ModelConfig, frozen_language_model, learning_rate,
                    length_normalised_nll, load_weights, make_optimizer, update)
@@ -91,7 +91,7 @@ def train_generator(config, dataset, device):
             run.log(record)
             tqdm.write(f"generator step {done:5d}  loss {record['loss']:.4f}"
                        f"  grad_norm {record['grad_norm']:.3f}")
-        if done % SAVE_EVERY == 0 and done < config.steps:
+        if (done % SAVE_EVERY == 0 or run.asked) and done < config.steps:
             save(done)
     save(config.steps)
     return model.eval().requires_grad_(False)
@@ -145,7 +145,7 @@ def write_p(model, split, folder, about):
     write_array(folder / "p.npy", split.tokens.shape, "<f4", p_of_rows())
     p, count = open_array(folder / "p.npy"), split.lengths[:, 1:].sum(dtype=np.int64)
     mean = float(p.sum(dtype=np.float64) / count)
-    write_json(folder / "p.json", about | {"fingerprint": fingerprint(p), "mean": mean})
+    write_json(folder / "p.json", about | {"digest": file_digest(folder / "p.npy"), "mean": mean})
     print(f"wrote {folder}/p.npy: p of {count} response tokens, mean {mean:.3f}")
 
 

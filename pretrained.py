@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import (UserError, load_checkpoint, read_json, run_script, show, write_atomically,
-                    write_json, write_text)
+from config import UserError, run_script, show
+from data.files import load_checkpoint, load_json, write_atomically, write_text
 from data.hub import find_folder
 from data.tokenizer import from_dict
 from data.tokenizer_json import read_tokenizer
@@ -32,7 +32,7 @@ ALLOWED = {
 
 def read_config(path):
     """config.json -> ModelConfig."""
-    found = read_json(path, "the save_pretrained of transformers")
+    found = load_json(path, "the save_pretrained of transformers")
     rope = found.get("rope_parameters")
     numbers = {"rope_theta": 10000.0} | found | (rope if isinstance(rope, dict) else {})
 
@@ -82,7 +82,7 @@ def read_weights(folder):
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return read_safetensors(folder / "model.safetensors")
-    files = read_json(index, "the save_pretrained of transformers").get("weight_map")
+    files = load_json(index, "the save_pretrained of transformers").get("weight_map")
     if not isinstance(files, dict) or any(Path(str(file)).name != file for file in files.values()):
         raise UserError(f"{index} is damaged: weight_map does not name files of its folder")
     found = {}
@@ -163,7 +163,7 @@ def export(checkpoint, folder):
     if checkpoint["settings"]["readout"] != "last":
         raise UserError("only --readout=last is a reward that other programs compute")
     base, tokenizer = find_folder(base), from_dict(checkpoint["tokenizer"])
-    known = read_json(base / "config.json", "the save_pretrained of transformers")
+    known = load_json(base / "config.json", "the save_pretrained of transformers")
     written = {} if tokenizer.turns is None else tokenizer.turns.start + tokenizer.turns.head
     free = [name for name, i in tokenizer.special.items()
             if i != tokenizer.end_of_text and name not in written]
@@ -173,16 +173,16 @@ def export(checkpoint, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {
         name: weight for name, weight in checkpoint["model"].items() if name != "lm_head.weight"})
-    about = read_json(base / "tokenizer_config.json", "the save_pretrained of transformers")
+    about = load_json(base / "tokenizer_config.json", "the save_pretrained of transformers")
     about["pad_token"] = free[0]
     if tokenizer.turns:
         about["chat_template"] = chat_template(tokenizer.turns)
-    write_json(folder / "tokenizer_config.json", about)
+    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=1))
     shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
-    write_json(folder / "config.json", known | {
+    write_text(folder / "config.json", json.dumps(indent=1, obj=known | {
         "architectures": [f"{kind}ForSequenceClassification"], "torch_dtype": "float32",
         "dtype": "float32", "vocab_size": tokenizer.vocab_size, "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.special[free[0]]})
+        "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.special[free[0]]}))
     write_text(folder / "README.md", EXPORTED.format(kind=kind, pad=free[0], base=base.name))
 
 

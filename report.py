@@ -19,8 +19,9 @@ import numpy as np
 from benchmarks import sigmoid
 from bon import (BonConfig, compare_ways, curve, exact_values, obtain_candidates,
                  open_generator)
-from config import HERE, UserError, in_range, run_script, show, write_text
+from config import HERE, UserError, in_range, run_script, show
 from data.dataset import open_dataset
+from data.files import write_text
 from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,
                       table_lines)
 from generator import load_generator, response_logprobs

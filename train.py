@@ -27,9 +27,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (HERE, Run, UserError, autocast, check_finite, choose, fingerprint, in_range,
-                    load_checkpoint, pick_device, run_other, run_script, show, write_json)
+from config import (HERE, UserError, autocast, check_finite, choose, in_range, pick_device,
+                    run_other, run_script, show)
 from data.dataset import open_dataset
+from data.files import Run, fingerprint, load_checkpoint, write_json
 from data.frozen import store_states
 from data.probs import PROBS, Probs
 from data.rows import batch_of, make_batch, make_targets
@@ -138,7 +139,7 @@ def train(config, dataset, probs, team):
                      "reg": reg, "lm": lm, "grad_norm": norm, "S": S}
             val = evaluate_split(model, dataset, "val") if looks and team.first else {}
             log(run, done, rate, terms, val)
-        if looks:
+        if looks or run.asked:
             run.save(done, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
                      model_config=dataclasses.asdict(model.model.config),
                      tokenizer=dataset.tokenizer.to_dict())

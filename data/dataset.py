@@ -9,18 +9,22 @@ an empty side is no response. Whatever else is known of the tokens is an array o
 as the generator's p. Arrays are mapped: a start reads no more than their headers and the lengths.
 """
 import os
-import tempfile
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from config import LAYOUT, UserError, fingerprint, read_json, write_atomically, write_json
+from config import UserError
 from data import tokenizer as tokenizers
+from data.files import (file_digest, fingerprint, read_json, temporary_beside, write_atomically,
+                        write_json)
 from data.rows import Row
 
 ROWS = 4096     # tokenised and written at a time
+# What is counted beside the rows that are left out: what was left out of rows that were kept.
+NOTED = ("the oldest tokens of a prompt", "a prompt that its responses repeat",
+         "a candidate as long as the context", "final answers of a set that lacks some")
 
 
 def dataset_folder(name):
@@ -89,28 +93,37 @@ class Dataset:
         self.tokenizer = tokenizers.from_dict(about["tokenizer"])
         self.kind = about["kind"]   # pairs, labels (one response each, on its label's side) or toy
         self.block_size = about["block_size"]   # most tokens of a prompt and its longer response
-        self.fingerprint = about["splits"]["train"]["fingerprint"]  # of its tokens and lengths
+        self.fingerprint = self.fingerprint_of("train")
+        self.digests = dict(about["digests"])   # of the files that have not been looked at yet
         self.below = {}         # {split: array}, the hidden states below what is trained, if stored
 
     def split(self, name):
+        self.check(f"{name}-tokens.npy", f"{name}-lengths.npy")
         return Split(self.folder, name, self.below.get(name))
 
     def array(self, split, name):
         """An array beside the tokens of a split, such as `exact-p` on the toy world."""
+        self.check(f"{split}-{name}.npy")
         return open_array(self.folder / f"{split}-{name}.npy", len(self.split(split).tokens))
+
+    def fingerprint_of(self, split):
+        """Of a split's tokens and lengths."""
+        return fingerprint([self.about["digests"][f"{split}-{what}.npy"]
+                            for what in ("tokens", "lengths")])
+
+    def check(self, *names):
+        """A UserError where a file is not what was written; each is looked at once."""
+        for name in names:
+            digest = self.digests.pop(name, None)
+            if digest and digest != file_digest(self.folder / name):
+                raise UserError(f"{self.folder / name} is damaged; prepare the dataset again")
 
 
 def open_dataset(name):
     """A prepared dataset's name -> Dataset."""
     make = f"data/prepare.py --name={name} --input=FILE (or data/toy/prepare.py --name={name})"
     path = dataset_folder(name) / "dataset.json"
-    about = read_json(path, make)
-    if about.get("layout") != LAYOUT:
-        raise UserError(f"{path} is of another edition of this project; make it again with {make}")
-    try:
-        return Dataset(path.parent, about)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; make it again with {make}") from None
+    return Dataset(path.parent, read_json(path, make))
 
 
 def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", left_out=None,
@@ -121,9 +134,9 @@ def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", lef
     Counter by reason; finish: called with the folder of the written tokens, to put arrays beside
     them; about: more for dataset.json."""
     left_out = Counter() if left_out is None else left_out
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder.parent) as temporary:
-        parts = {split: {"items": 0, "tokens": 0, "fingerprint": fingerprint()} for split in splits}
+    with temporary_beside(folder) as temporary:
+        temporary.mkdir()
+        parts = {split: {"items": 0, "tokens": 0} for split in splits}
         for some in chunks(rows, ROWS):
             found = tokenise(some, tokenizer, block_size, left_out)
             for split, part in parts.items():
@@ -133,15 +146,16 @@ def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", lef
                 raise UserError(f"nothing is left for {split}; left out: {listed(left_out)}; "
                                 "more rows may help")
         if finish:
-            finish(Path(temporary))
+            finish(temporary)
+        digests = {path.name: file_digest(path) for path in temporary.iterdir()}
         folder.mkdir(exist_ok=True)
         for name in ("dataset.json", "candidates.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        for path in Path(temporary).iterdir():
+        for path in temporary.iterdir():
             path.replace(folder / path.name)
         write_json(folder / "dataset.json", {
-            "layout": LAYOUT, "kind": kind, **about, "block_size": block_size, "splits": parts,
-            "left_out": left_out, "tokenizer": tokenizer.to_dict()})
+            "kind": kind, **about, "block_size": block_size, "splits": parts,
+            "digests": digests, "left_out": left_out, "tokenizer": tokenizer.to_dict()})
     counts = ", ".join(f"{split} {part['items']}" for split, part in parts.items())
     print(f"wrote {folder}: {counts}; left out: {listed(left_out)}")
 
@@ -153,7 +167,6 @@ def append(rows, part, start):
     tokens = np.fromiter(chain(*chain(*rows)), "<u4", lengths.sum())
     part["items"] += len(rows)
     part["tokens"] += len(tokens)
-    part["fingerprint"] = fingerprint(part["fingerprint"], tokens, lengths)
     for path, array, count in ((f"{start}-tokens.npy", tokens, part["tokens"]),
                                (f"{start}-lengths.npy", lengths, part["items"])):
         with open(path, "r+b" if os.path.exists(path) else "wb") as file:
@@ -177,7 +190,7 @@ def tokenise(rows, tokenizer, block_size, left_out):
             left_out[f"a response longer than {block_size - 1} tokens"] += 1
             continue
         if len(prompt) > room:
-            left_out["the oldest tokens of a prompt"] += 1
+            left_out[NOTED[0]] += 1
         found.append((name, [tokenizer.cut(prompt, room), *sides]))
     return found
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError, fingerprint, read_json, write_json
+from config import UserError
 from data.dataset import chunks, open_array, write_array
+from data.files import file_digest, fingerprint, read_json, write_json
 from data.rows import in_batches, make_group
 
 ROWS = 512      # read, sorted by length and written at a time
@@ -29,18 +30,26 @@ def store_states(trunk, dataset, splits, folder):
     found = {}
     for name in splits:
         split, path = dataset.split(name), Path(folder) / f"{name}-below-{trunk.frozen}.npy"
-        about = common | {"data": dataset.about["splits"][name]["fingerprint"]}
+        about = common | {"data": dataset.fingerprint_of(name)}
         described = path.with_suffix(".json")
-        if not described.exists() or read_json(described, "train.py") != about:
+        if not is_described(path, described, about):
             described.unlink(missing_ok=True)
             size = len(split.tokens) * trunk.config.n_embd * 2 / 2 ** 30
             print(f"writing {path}: the states below the last blocks, {size:.2f} GiB")
             bar = tqdm(range(len(split)), "frozen blocks", disable=None, leave=False)
             write_array(path, (len(split.tokens), trunk.config.n_embd), "<f2",
                         states_of(trunk, (split[i] for i in bar)))
-            write_json(described, about)
+            write_json(described, about | {"digest": file_digest(path)})
         found[name] = open_array(path, len(split.tokens))
     return found
+
+
+def is_described(path, described, about):
+    """Whether the states in a file are these, and whole."""
+    if not described.exists() or not path.exists():
+        return False
+    known = read_json(described, "train.py")
+    return known == about | {"digest": known.get("digest")} and known["digest"] == file_digest(path)
 
 
 def is_below(name, trunk):

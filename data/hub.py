@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, write_atomically
+from config import UserError
+from data.files import write_atomically
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")

@@ -1,34 +1,32 @@
-"""Files of JSON lines -> items (pairs, candidates, steps), all checked; and items -> Rows.
+"""One row of a file, a JSON object -> items: pairs, candidates, solutions in steps.
 
 Pairs come in any of TRL's four forms: `prompt`, `chosen`, `rejected` as strings; the same without
 `prompt` (what the two texts share, cut at a turn, is the prompt); and both with lists of
-{"role", "content"} messages. `chosen` and `rejected` may also be lists of strings from the
-plainest style to the richest, as in RM-Bench: every chosen text then meets every rejected one.
-Candidates: `prompt`, `responses: [{"text", "correct"}, ...]`, with each one's final `answer` where
-votes are counted; `prompt`, `completion`, `label` (true or false) is one candidate alone. Steps:
-`prompt`, `steps`, `first_error` (from 0; -1: none). Optional: `id`, `subset`.
-
-A bad row is left out and counted; the first few are printed with their number and the reason.
+{"role", "content"} messages. `chosen` and `rejected` may also be RM-Bench's lists of strings, from
+the plainest style to the richest: every chosen text then meets every rejected one. Candidates:
+`prompt`, `responses: [{"text", "correct"}, ...]`, with each one's final `answer` where votes are
+counted; `prompt`, `completion`, `label` is one candidate alone. Steps: `prompt`, `steps`,
+`first_error` (from 0; -1: none). Optional: `id`, `subset`. Other names of the prompt, and what else
+is read, mapped or refused: data/README.md.
 """
-import gzip
-import json
 import os
-import zlib
-from collections import Counter
-from functools import partial
-from itertools import accumulate, compress, product
+import re
+from itertools import accumulate, product
 from typing import NamedTuple
 
-import numpy as np
-
-from config import UserError
-from data.dataset import listed, tokenise
-from data.rows import Row
+from data.dataset import NOTED
 from data.tokenizer import SPEAKER
 
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 TURN = "\n\nAssistant:"     # a dialogue's prompt ends here, without a space
-SHOWN = 5                   # bad rows printed before they are only counted
+PROMPTS = ("prompt", "instruction", "question", "messages")     # names of the prompt
+KEYS = {*PROMPTS, "input", "system", "history", "chosen", "rejected", "responses", "completion",
+        "label", "steps", "first_error", "id", "subset", "domain", "meta"}      # all that is read
+# Where the texts of a row that has no prompt may be cut, behind what both share.
+MARKERS = (TURN, "<|im_start|>assistant\n", "<|end_header_id|>\n\n", "<|assistant|>\n", "[/INST]",
+           "### Response:\n")
+CONVERSATION = ("context", "conversation", "conversations", "dialog", "dialogue", "tools", "turns")
+BLANK = 100_000             # white spaces in a row: more than tiktoken survives
 
 
 class BadRow(Exception):
@@ -45,62 +43,23 @@ class Item(NamedTuple):
     id: str = ""
     subset: str = ""
     cell: tuple = ()        # RM-Bench: the styles of chosen and rejected, (0, 0) to (2, 2)
-
-
-def read_items(path, parse, as_dialogue=False, left_out=None):
-    """Yield what parse, one of the functions below, makes of each line; plain prompts become one
-    Human turn with as_dialogue. left_out: a Counter of bad rows by reason; without it they pass in
-    silence (where a file is read again)."""
-    found = bad = 0
-    for number, line in enumerate(lines_of(path), start=1):
-        try:
-            items = parse(decode_row(line), as_dialogue) if line.strip() else []
-        except BadRow as reason:
-            items, bad = [], bad + 1
-            if left_out is not None:
-                left_out[str(reason).partition(" (")[0]] += 1
-                if bad <= SHOWN:
-                    print(f"left out: {path}, row {number}: {reason}")
-        found += len(items)
-        yield from items
-    if not found:
-        raise UserError(f"{path} has no usable row ({bad} bad); one JSON object a line is expected")
-
-
-def lines_of(path):
-    """The lines of a file. Only \\n, \\r\\n and \\r end one: texts may hold U+2028 and its like."""
-    try:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for line in file:
-                yield line.rstrip("\r\n")
-    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-
-
-def decode_row(line):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:   # integers too long, lists too deep
-        raise BadRow(f"broken JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise BadRow(f"a {type(row).__name__} where an object is expected")
-    return row
+    note: str = ""          # what was changed
 
 
 # One object -> a list of items -------------------------------------------------------------------
 
 def parse_pairs(row, as_dialogue=False):
     """-> one pair, or nine from RM-Bench's lists of three"""
-    prompt, chosen, rejected = (row.get(key) for key in ("prompt", "chosen", "rejected"))
-    subset, pairs = name_of(row, "subset"), []
+    prompt, (chosen, rejected) = prompt_of(row), (row.get(key) for key in ("chosen", "rejected"))
+    subset, note, pairs = name_of(row, "subset"), "", []
     if is_list_of(str, chosen) and is_list_of(str, rejected):
-        subset = name_of(row, "domain") or name_of(row.get("meta"), "domain") or subset
-        if len(chosen) != len(rejected):
-            raise BadRow(f"unequal numbers of chosen and rejected ({len(chosen)}, {len(rejected)})")
+        domain = name_of(row, "domain") or name_of(row.get("meta"), "domain")
+        if not domain or len(chosen) != len(rejected):
+            raise BadRow("lists of texts that are not RM-Bench's (as many chosen as rejected ones, "
+                         f"and a 'domain'; here {len(chosen)} and {len(rejected)}, {domain!r})")
+        subset = domain
     else:
-        if "prompt" not in row:
-            prompt, chosen, rejected = split_prompt(chosen, rejected)
+        prompt, chosen, rejected, note = split_prompt(prompt, chosen, rejected)
         chosen, rejected = [chosen], [rejected]
     for (i, a), (j, b) in product(enumerate(chosen), enumerate(rejected)):
         text, *responses = dialogue(as_dialogue, prompt, a, b)
@@ -109,7 +68,7 @@ def parse_pairs(row, as_dialogue=False):
         if responses[0] == responses[1]:
             raise BadRow("chosen and rejected are the same")
         pairs.append(Item(text, tuple(responses), id=name_of(row, "id"), subset=subset,
-                          cell=(i, j) if len(chosen) > 1 else ()))
+                          cell=(i, j) if len(chosen) > 1 else (), note=note))
     return pairs
 
 
@@ -121,7 +80,7 @@ def parse_candidates(row, as_dialogue=False):
     if not is_list_of(dict, responses):
         raise BadRow("no 'responses', or not a list of objects")
     texts, correct = ([one.get(key) for one in responses] for key in ("text", "correct"))
-    prompt, *texts = dialogue(as_dialogue, row.get("prompt"), *texts)
+    prompt, *texts = dialogue(as_dialogue, prompt_of(row), *texts)
     check_text("prompt", prompt)
     if not is_list_of(str, texts):
         raise BadRow("a response without text")
@@ -129,7 +88,8 @@ def parse_candidates(row, as_dialogue=False):
         raise BadRow("a response without 'correct' or 'label' (true, false or a finite number)")
     answers = [name_of(one, "answer").strip() for one in responses]
     return [Item(prompt, tuple(texts), tuple(map(float, correct)),
-                 tuple(answers) if all(answers) else ())]
+                 tuple(answers) if all(answers) else (),
+                 note=NOTED[3] if any(answers) and not all(answers) else "")]
 
 
 def parse_steps(row, as_dialogue=False):
@@ -140,12 +100,89 @@ def parse_steps(row, as_dialogue=False):
     if type(error) is not int or error not in range(-1, len(steps)):
         raise BadRow(f"'first_error' is not a whole number (from -1 to {len(steps) - 1})")
     text = "\n".join(steps)
-    prompt, spaced = dialogue(as_dialogue, row.get("prompt"), text)
+    prompt, spaced = dialogue(as_dialogue, prompt_of(row), text)
     check_text("prompt", prompt)
     ends = accumulate((len(step) + 1 for step in steps), initial=len(spaced) - len(text))
     return [Item(prompt, (spaced,), ends=tuple(ends)[1:], first_error=error,
                  subset=name_of(row, "subset"))]
 
+
+# Prompts -----------------------------------------------------------------------------------------
+
+def prompt_of(row):
+    """The prompt of a row, text or messages, whatever it is called, with the system message and the
+    turns before it; None where there is none."""
+    for key, value in row.items():
+        if key not in KEYS and (key in CONVERSATION or is_list_of(dict, value)
+                                and any("role" in one or "from" in one for one in value)):
+            raise BadRow(f"{key!r} looks like a part of the conversation, and is not read")
+    names = [name for name in PROMPTS if row.get(name)]
+    if len(names) > 1:
+        raise BadRow(f"more than one prompt ({', '.join(names)})")
+    prompt = row.get(names[0]) if names else row.get("prompt")
+    if row.get("input"):
+        if names != ["instruction"] or not isinstance(row["input"], str):
+            raise BadRow("an 'input' that is not the text behind an 'instruction'")
+        prompt = f"{prompt}\n{row['input']}"
+    system, history = row.get("system"), row.get("history") or []
+    if not system and not history:
+        return prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not is_list_of(dict, prompt):
+        raise BadRow("a 'system' or 'history' without a prompt")
+    return turns_before(system, history) + prompt
+
+
+def turns_before(system, history):
+    """A system message and earlier turns, messages or pairs of texts -> messages."""
+    before = [{"role": "system", "content": system}] if system else []
+    if history and not is_list_of(dict, history):
+        if not is_list_of(list, history) or any(len(turn) != 2 for turn in history):
+            raise BadRow("a 'history' that is no list of messages, nor of pairs of texts")
+        history = [{"role": role, "content": text} for turn in history
+                   for role, text in zip(("user", "assistant"), turn)]
+    return before + history
+
+
+def split_prompt(prompt, chosen, rejected):
+    """The prompt that chosen and rejected share, where they have it in front, and what is left of
+    each.  -> prompt, chosen, rejected, a note"""
+    if is_list_of(dict, chosen) and is_list_of(dict, rejected):
+        cut, most = 0, min(len(chosen), len(rejected)) - 1
+        while cut < most and chosen[cut] == rejected[cut]:
+            cut += 1
+        if not isinstance(prompt, str) and (prompt is not None or not cut):
+            return prompt, chosen, rejected, ""
+        said = [one.get("content") for one in chosen[:cut]]
+        if cut and prompt is not None and prompt not in said:
+            raise BadRow("a prompt that is not the conversation's")
+        before = chosen[:cut] or [{"role": "user", "content": prompt}]
+        return before, chosen[cut:], rejected[cut:], ""
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return prompt, chosen, rejected, ""
+    if prompt is None:
+        cut = shared(chosen, rejected)
+        return chosen[:cut], chosen[cut:], rejected[cut:], ""
+    if isinstance(prompt, str) and prompt.strip() and all(
+            text.startswith(prompt) and text != prompt for text in (chosen, rejected)):
+        return prompt, chosen[len(prompt):], rejected[len(prompt):], NOTED[1]
+    return prompt, chosen, rejected, ""
+
+
+def shared(chosen, rejected):
+    """Where to cut two whole texts: behind the last turn's mark in what both share, or else behind
+    its last line."""
+    same = len(os.path.commonprefix([chosen, rejected]))
+    found = [chosen.rfind(mark, 0, same) + len(mark) for mark in MARKERS
+             if chosen.rfind(mark, 0, same) >= 0]
+    cut = max(found, default=chosen.rfind("\n", 0, same) + 1)
+    if not chosen[:cut].strip():
+        raise BadRow("no prompt, and no turn or line at which to cut one off the texts")
+    return cut
+
+
+# Dialogues ---------------------------------------------------------------------------------------
 
 def dialogue(as_dialogue, prompt, *responses):
     """Messages (or, as_dialogue, a plain prompt) as '\\n\\nHuman: ...\\n\\nAssistant: ...' text."""
@@ -153,14 +190,31 @@ def dialogue(as_dialogue, prompt, *responses):
         prompt = [{"role": "user", "content": prompt}]
     if not is_list_of(dict, prompt):
         return prompt, *responses
+    text = ""
     for message in prompt:
         if message.get("role") not in tuple(ROLES):     # a role may be a list
             raise BadRow(f"a message without a known 'role' ({', '.join(ROLES)})")
-        check_text("a message's content", message.get("content"))
-        if SPEAKER.search(message["content"]):
+        content = content_of(message)
+        check_text("a message's content", content)
+        if SPEAKER.search(content):
             raise BadRow("a message in which another turn of a dialogue begins")
-    text = "".join(ROLES[message["role"]] + message["content"] for message in prompt)
+        text += ROLES[message["role"]] + content
     return text + TURN, *map(reply_of, responses)
+
+
+def content_of(message):
+    """The text of a message, also of OpenAI's parts of text."""
+    others = [key for key, value in message.items() if value and key not in ("role", "content",
+                                                                             "name")]
+    if others:
+        raise BadRow(f"a message with {others[0]!r}, which is not read")
+    content = message.get("content")
+    if not is_list_of(dict, content):
+        return content
+    if not all(part.get("type") == "text" and isinstance(part.get("text"), str)
+               for part in content):
+        raise BadRow("a message with a part that is no text")
+    return "".join(part["text"] for part in content)
 
 
 def reply_of(response):
@@ -168,24 +222,8 @@ def reply_of(response):
     if is_list_of(dict, response):
         if len(response) > 1 or response[0].get("role") != "assistant":
             raise BadRow("a response that is not one assistant message")
-        response = response[0].get("content")
+        response = content_of(response[0])
     return f" {response}" if isinstance(response, str) and response.strip() else response
-
-
-def split_prompt(chosen, rejected):
-    """Whole texts or conversations -> what both share, cut at a turn, and what is left of each."""
-    if is_list_of(dict, chosen) and is_list_of(dict, rejected):
-        cut, most = 0, min(len(chosen), len(rejected)) - 1
-        while cut < most and chosen[cut] == rejected[cut]:
-            cut += 1
-    else:
-        check_text("chosen", chosen)
-        check_text("rejected", rejected)
-        same = len(os.path.commonprefix([chosen, rejected]))
-        cut = chosen.rfind(TURN, 0, same) + len(TURN)
-        if cut < len(TURN):     # no dialogue: cut before the last space that both share
-            cut = max(chosen.rfind(" ", 0, same), 0)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def name_of(row, key):
@@ -200,6 +238,8 @@ def check_text(name, text):
         raise BadRow(f"{name} is {what}")
     if not text.strip():
         raise BadRow(f"{name} is empty")
+    if len(text) > BLANK and re.search(rf"\s{{{BLANK}}}", text):
+        raise BadRow(f"{name} has {BLANK} white spaces in a row")
 
 
 def is_number(value):
@@ -209,46 +249,3 @@ def is_number(value):
 
 def is_list_of(kind, value):
     return isinstance(value, list) and value != [] and all(isinstance(item, kind) for item in value)
-
-
-# Files for a model that exists already -----------------------------------------------------------
-
-def read_rows(parse, path, tokenizer, block_size, as_dialogue=False):
-    """-> (items, a Row of each, how many were left out: bad rows, and those with a response that
-    is longer than the context)"""
-    left_out = Counter()
-    items = list(read_items(path, parse, as_dialogue, left_out))
-    count = len(items) + left_out.total()
-    if parse is parse_candidates:
-        items = [without_long(item, tokenizer, block_size, left_out) for item in items]
-    texts = [(item, item.prompt, *item.responses) for item in items]
-    found = tokenise(texts, tokenizer, block_size, left_out)
-    if not found:
-        raise UserError(f"nothing is left of {path}; left out: {listed(left_out)}")
-    print(f"{path}: {len(found)} rows; left out: {listed(left_out)}")
-    rows = [Row(np.array(prompt), tuple(map(np.array, responses)))
-            for _, (prompt, *responses) in found]
-    return [item for item, _ in found], rows, count - len(found)
-
-
-def without_long(item, tokenizer, block_size, left_out):
-    """Candidates without those that leave the prompt no room; all of them where none would stay."""
-    fits = [len(tokenizer.encode_reply(text)) < block_size for text in item.responses]
-    if all(fits) or not any(fits):
-        return item
-    left_out["a candidate as long as the context"] += fits.count(False)
-    responses, correct, answers = (
-        tuple(compress(column, fits)) for column in (item.responses, item.correct, item.answers))
-    return item._replace(responses=responses, correct=correct, answers=answers)
-
-
-read_pair_rows = partial(read_rows, parse_pairs)
-read_candidate_rows = partial(read_rows, parse_candidates)
-
-
-def read_step_rows(path, tokenizer, block_size, as_dialogue=False):
-    """-> (items, a Row of each, the places of the steps' last tokens in its response)"""
-    items, rows, _ = read_rows(parse_steps, path, tokenizer, block_size, as_dialogue)
-    ends = [[len(tokenizer.encode_reply(item.responses[0][:end])) - 2 for end in item.ends]
-            for item in items]
-    return items, rows, ends

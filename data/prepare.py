@@ -11,21 +11,24 @@ Benchmarks are only copied, to data/NAME/test.jsonl, for evaluate.py --as_dialog
 """
 import json
 import re
+import shutil
 import sys
 import tempfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, choose, in_range, run_script, show, write_text
+from config import UserError, choose, in_range, run_script, show
 from data import tokenizer as tokenizers
-from data.dataset import dataset_folder, write_dataset
-from data.pairs import (TURN, BadRow, is_list_of, is_number, lines_of, parse_candidates,
-                        parse_pairs, read_items)
+from data.dataset import NOTED, dataset_folder, listed, write_dataset
+from data.files import write_text
+from data.jsonl import check_left_out, lines_of, read_items
+from data.pairs import TURN, BadRow, is_list_of, is_number, parse_candidates, parse_pairs
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class PrepareConfig:
     val_share: float = 0.0      # share of prompts held out; 0: the source's own, 0.1 of a file
     every: int = 0              # keep every so many of the rows; 0: the source's own, 1 of a file
     as_dialogue: bool = False   # write plain prompts as one Human turn
+    threshold: str = ""         # labels from this number on are correct, where there are several
+    skip_bad: bool = False      # go on where much of a file is left out
+
+
+EMPTY = "a response that is empty, or neither correct nor incorrect"
 
 
 # A raw row of a published collection -> a row as data/pairs.py describes, or None ---------------
@@ -113,32 +121,78 @@ def items_of(config, source, path, left_out=None):
     kept = count()
 
     def parse(row, as_dialogue):
-        row = source.convert(row)
-        if row is None or next(kept) % config.every:
+        if next(kept) % config.every:
             return []
         labelled = "responses" in row or "completion" in row
         return (parse_candidates if labelled else parse_pairs)(row, as_dialogue)
 
-    return read_items(path, parse, config.as_dialogue, left_out)
+    return read_items(path, parse, config.as_dialogue, left_out, source.convert)
 
 
-def split_rows(items, kind, share, left_out, held_out):
-    """Items -> (split, prompt, first, second), a labelled response alone on its label's side; the
-    candidates of held-out prompts are added to the list held_out as lines."""
-    for item in items:
-        number = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass")) % 10000
-        split = "val" if number < share * 10000 else "train"    # decided by the prompt alone
-        if bool(item.correct) != (kind == "labels"):
-            raise UserError("a file holds pairs, or responses that are labelled, not both")
-        if kind == "pairs":
-            yield split, item.prompt, *item.responses
-        elif split == "val" and len(item.responses) > 1:
-            held_out.append(line_of(item))
-        for text, correct in zip(item.responses, item.correct):
-            if text.strip() and correct in (0, 1):
-                yield split, item.prompt, *((text, None) if correct else (None, text))
-            else:
-                left_out["a response that is empty, or neither correct nor incorrect"] += 1
+def labels_of(config, source, path):
+    """What stands for incorrect and for correct: {number: 0 or 1}; every other one is left out."""
+    values = sorted({one for item in items_of(config, source, path) for one in item.correct})
+    if config.threshold:
+        return {value: int(value >= float(config.threshold)) for value in values}
+    if len(values) > 2 and {0.0, 1.0} < set(values) and source.convert is not dict:
+        values = [0.0, 1.0]     # of a published collection the others are known to be neither
+    if len(values) > 2:
+        raise UserError(f"{path} has labels from {values[0]} to {values[-1]}; say from where on "
+                        "they are correct with --threshold=X")
+    found = dict(zip(values, (0, 1)))
+    if len(values) == 2 and values != [0.0, 1.0]:
+        print(f"labels: {values[0]} is read as incorrect, {values[1]} as correct")
+    return found
+
+
+class Splitter:
+    """Items -> rows of (split, prompt, first, second), and what was noticed on the way."""
+
+    def __init__(self, kind, share, labels, left_out):
+        self.kind, self.share, self.labels, self.left_out = kind, share, labels, left_out
+        self.held_out = []      # the candidates of held-out prompts, as lines
+        self.items, self.noticed, self.sides = 0, Counter(), Counter()
+        self.seen = set()       # hashes of rows
+
+    def rows(self, items):
+        """A labelled response stands alone on its label's side."""
+        for item in items:
+            self.items += 1
+            number = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass")) % 10000
+            split = "val" if number < self.share * 10000 else "train"   # by the prompt alone
+            if bool(item.correct) != (self.kind == "labels"):
+                raise UserError("a file holds pairs, or responses that are labelled, not both")
+            if self.kind == "pairs":
+                yield self.look(split, item.prompt, *item.responses)
+            elif split == "val" and len(item.responses) > 1:
+                self.held_out.append(line_of(item))
+            for text, correct in zip(item.responses, item.correct):
+                side = self.labels.get(correct)
+                if text.strip() and side is not None:
+                    yield self.look(split, item.prompt, *((text, None) if side else (None, text)))
+                else:
+                    self.left_out[EMPTY] += 1
+
+    def look(self, split, prompt, first, second):
+        """Count a row that stands there once more, and one whose opposite does; -> the row"""
+        this, opposite = hash((prompt, first, second)), hash((prompt, second, first))
+        self.noticed["rows that stand there once more"] += this in self.seen
+        self.noticed["rows whose opposite stands there too"] += opposite in self.seen
+        self.seen.add(this)
+        self.sides[split, first is None] += 1
+        return split, prompt, first, second
+
+    def check(self, config, path, folder):
+        """A UserError where too much was left out, or all labels of a split are of one kind."""
+        count = self.items * config.every + sum(bad for reason, bad in self.left_out.items()
+                                 if reason not in NOTED)
+        check_left_out(path, self.left_out, count, config.skip_bad)
+        for split in ("train", "val"):
+            if self.kind == "labels" and not all(self.sides[split, side] for side in (False, True)):
+                raise UserError(f"{path}: in {split} all labels are of one kind; nothing can be "
+                                "learned, or measured, of that")
+        if +self.noticed:
+            print(f"noticed in {path}: {listed(+self.noticed)}")
 
 
 def line_of(item):
@@ -149,20 +203,35 @@ def line_of(item):
 
 
 def prepare(config, source, path):
-    left_out, held_out, folder = Counter(), [], dataset_folder(config.name)
+    left_out, folder = Counter(), dataset_folder(config.name)
     items = items_of(config, source, path, left_out)
     first = next(items)
     kind, share = "labels" if first.correct else "pairs", config.val_share
+    labels = labels_of(config, source, path) if first.correct else {}
     every = config.every * (1 + Path(path).stat().st_size // 10 ** 8)   # words must fit in memory
     again = items_of(replace(config, every=every), source, path)
-    texts = (text for split, *texts in split_rows(again, kind, share, Counter(), [])
+    texts = (text for split, *texts in Splitter(kind, share, labels, Counter()).rows(again)
              if split == "train" for text in texts if text)
     tokenizer = tokenizers.make(config.tokenizer, texts)    # gpt2 reads none
-    rows = split_rows(chain([first], items), kind, share, left_out, held_out)
-    write_dataset(folder, rows, ("train", "val"), tokenizer, config.block_size, kind, left_out,
-                  source=config.source or config.input, val_share=share, every=config.every)
-    if held_out:
-        write_text(folder / "candidates.jsonl", "".join(held_out))
+    splitter = Splitter(kind, share, labels, left_out)
+    write_dataset(folder, splitter.rows(chain([first], items)), ("train", "val"), tokenizer,
+                  config.block_size, kind, left_out, partial(splitter.check, config, path),
+                  source=config.source or config.input, val_share=share, every=config.every,
+                  noticed=splitter.noticed)
+    if splitter.held_out:
+        write_text(folder / "candidates.jsonl", "".join(splitter.held_out))
+
+
+def local_copy(config, folder):
+    """The file to read, twice: a pipe is copied first; no file of the dataset's own folder."""
+    path = Path(config.input)
+    if dataset_folder(config.name).resolve() in path.resolve().parents:
+        raise UserError(f"{path} lies in the folder that is written; move it elsewhere first")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path = Path(folder) / "rows.jsonl"
+        with open(config.input, "rb") as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target)
+    return path
 
 
 def main(config):
@@ -177,7 +246,7 @@ def main(config):
     if config.name == "toy":
         raise UserError("'toy' is made by data/toy/prepare.py; choose another --name")
     with tempfile.TemporaryDirectory() as folder:
-        path = config.input or f"{folder}/rows.jsonl"
+        path = local_copy(config, folder) if config.input else Path(folder) / "rows.jsonl"
         if not config.input:
             download(source, path)
         if not source.benchmark:

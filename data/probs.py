@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, choose, read_json
+from config import UserError, choose
 from data.dataset import open_array
+from data.files import file_digest, read_json
 
 PROBS = ("generator", "uniform", "shuffled", "exact")
 
@@ -25,13 +26,15 @@ class Probs:
         if about.get("data") != dataset.fingerprint:
             raise UserError(f"{generator}/p.npy was written for other data than data/"
                             f"{dataset.folder.name}; run generator.py again")
-        self.fingerprint = f"{kind} {about['fingerprint']}"
+        self.fingerprint, path = f"{kind} {about['digest']}", Path(generator) / "p.npy"
         if kind == "exact":
             if dataset.kind != "toy":
                 raise UserError("--probs=exact is known on toy worlds alone")
             self.array = dataset.array("train", "exact-p")
         else:
-            self.array = open_array(Path(generator) / "p.npy", len(self.split.tokens))
+            if file_digest(path) != about["digest"]:
+                raise UserError(f"{path} is damaged; run generator.py again")
+            self.array = open_array(path, len(self.split.tokens))
 
     def __getitem__(self, i):
         parts = self.split.of_responses(self.array, i)

@@ -9,20 +9,20 @@ import base64
 import codecs
 import heapq
 import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
 from tiktoken_ext import openai_public
 
-from config import UserError, fingerprint
+from config import UserError
+from data.files import fingerprint
 
-# How text is cut before merging: contractions, words with the space before them, numbers, other
-# signs, white space. Written so that Python's re (training) and tiktoken (encoding) read it alike.
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 SHARE = 64      # rows that a thread encodes at a time: handing out each one costs more than it
 SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")   # HH-RLHF's dialogues, as data has them
 ROLE_OF = {"System": "system", "Human": "user", "Assistant": "assistant"}
@@ -43,14 +43,35 @@ FORMATS = {
     "plain": None}      # dialogues stay as they are in data
 
 
+@lru_cache(maxsize=None)
+def split_pattern():
+    """How text is cut before merging: contractions, words with their marks and the space before
+    them, numbers, other signs, white space. Every character is named, so that Python's re, which
+    training uses, and tiktoken read it alike."""
+    letters, digits, space = members(("L", "M"), "\u200c\u200d"), members("Nd"), r"\s\x1c-\x1f"
+    return (rf"'(?:[sdmt]|ll|ve|re)| ?[{letters}]+| ?[{digits}]+| ?[^{space}{letters}{digits}]+"
+            rf"|[{space}]+(?![^{space}])|[{space}]+")
+
+
+def members(categories, others=""):
+    """The characters of some categories of Unicode, and others, as the ranges of a class."""
+    known = [i for i in range(sys.maxunicode + 1) if chr(i) in others
+             or unicodedata.category(chr(i)).startswith(categories)]
+    starts = [i for i, before in zip(known, [-2, *known]) if i != before + 1]
+    ends = [i for i, after in zip(known, [*known[1:], -2]) if i != after - 1]
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in zip(starts, ends))
+
+
 class Tokenizer:
     """A byte-pair vocabulary, {bytes: token id}, of which the smaller id is merged first.
 
-    pattern: how text is cut before merging; special: {name: token id}; end: the special token that
-    ends a response; turns: a key of FORMATS; normal_form: of Unicode, applied to text first."""
+    pattern: how text is cut before merging, empty for split_pattern's; special: {name: token id};
+    end: the special token that ends a response; turns: a key of FORMATS; normal_form: of Unicode,
+    applied to text first."""
 
-    def __init__(self, name, ranks, pattern=SPLIT, special=None, end="<|endoftext|>",
+    def __init__(self, name, ranks, pattern="", special=None, end="<|endoftext|>",
                  turns="plain", normal_form=""):
+        pattern = pattern or split_pattern()
         self.name, self.turns, self.normal_form = name, FORMATS[turns], normal_form
         self.special = special or {end: len(ranks)}
         self.end_of_text = self.special[end]
@@ -146,13 +167,10 @@ def turns_of(text):
 def from_dict(saved):
     """The tokenizer that to_dict described."""
     about = dict(saved)
-    name, known, vocabulary = (about.pop(key) for key in ("name", "fingerprint", "vocabulary"))
+    name, _, vocabulary = (about.pop(key) for key in ("name", "fingerprint", "vocabulary"))
     lines = map(str.split, vocabulary.splitlines())
     ranks = {base64.b64decode(token): int(i) for token, i in lines}
-    tokenizer = Tokenizer(name, ranks, **about)
-    if tokenizer.fingerprint != known:
-        raise UserError("a vocabulary does not match its fingerprint; prepare the dataset again")
-    return tokenizer
+    return Tokenizer(name, ranks, **about)
 
 
 def gpt2():
@@ -185,7 +203,7 @@ def train_bpe(texts, size):
     """
     frequency = Counter()
     for text in texts:
-        frequency.update(re.findall(SPLIT, text))
+        frequency.update(re.findall(split_pattern(), text))
     words = {word: [bytes([byte]) for byte in word.encode("utf-8", "replace")]
              for word in frequency}
     ranks = {bytes([byte]): byte for byte in range(256)}

@@ -3,7 +3,8 @@
 Byte-level BPE as SmolLM2, Qwen 2.5 and 3 and Llama 3 have it. Whatever else a file asks for is an
 error by name, never other tokens. Unlike there, a special token's name in data is plain text.
 """
-from config import UserError, read_json
+from config import UserError
+from data.files import load_json
 from data.hub import find_folder
 from data.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ ALLOWED = {"type": ("BPE",), "ignore_merges": (True,)}
 def read_tokenizer(name):
     """A folder with a tokenizer.json, or owner/model on the hub -> Tokenizer."""
     path = find_folder(name) / "tokenizer.json"
-    found = read_json(path, "the save_pretrained of transformers")
+    found = load_json(path, "the save_pretrained of transformers")
     try:
         return convert(name, found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import best_threshold, first_below, mean_and_half_width
 from bon import halve
-from config import (UserError, autocast, fingerprint, load_checkpoint, pick_device, read_records,
-                    run_other, run_script, show, write_records)
+from config import UserError, autocast, pick_device, run_other, run_script, show
 from data.dataset import open_array, open_dataset, write_array
+from data.files import fingerprint, load_checkpoint, read_records, write_records
 from data.frozen import states_of, store_states
-from data.pairs import read_candidate_rows, read_pair_rows, read_step_rows
+from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
 from data.rows import Row
 from evaluate import load_reward_model, score
 from model import frozen_language_model

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import mean_and_half_width
 from bon import (BonConfig, best_of_n, exact_values, halve, obtain_candidates, open_generator,
                  same_tokens)
-from config import (HERE, in_range, read_json, read_records, run_other, run_script, show,
-                    write_records, write_text)
+from config import HERE, in_range, run_other, run_script, show
 from data.dataset import open_dataset
+from data.files import read_json, read_records, write_records, write_text
 from evaluate import load_reward_model, prefix_rewards
 from report import CSS, chart, ticks
 
@@ -73,6 +73,7 @@ FACTORIAL = [Arm(*pair) for pair in product(
 CONTROLS = [Arm(name, "last", probs) for name in USES_P
             for probs in ("generator", "uniform", "shuffled", "exact")]
 POLICIES = [BASE, Arm("icrm"), Arm("none", "sum"), Arm("icrm", "sum")]
+FIRST = [*POLICIES, Arm("none", "mean"), Arm("dense_bt"), Arm("icrm_gap_bound")]    # of all
 IN_REGIMES = POLICIES[:3]
 ACCURACY = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
             "swapped": ("swapped", "accuracy"), "longer": ("longer", "accuracy"),
@@ -117,7 +118,8 @@ def search_measures(rewards, worth):
 def run_arm(draw, arm, names, rows, worth, with_policies):
     """Train one arm on a draw and measure it; names: settings of data and generator."""
     folder = f"{names['generator'].removesuffix('generator')}{arm.name}"
-    run_other("train.py", quiet=True, out_dir=folder, seed=draw, **names, **arm._asdict())
+    run_other("train.py", quiet=True, out_dir=folder, seed=draw, eval_interval=80, **names,
+              **arm._asdict())
     splits = read_json(f"{folder}/eval.json", "lab/study.py")["splits"]
     found = {name: splits[split][key] for name, (split, key) in ACCURACY.items()}
     model, _, _ = load_reward_model(folder, "cpu")
@@ -158,14 +160,18 @@ def run_draw(job):
         key: round(value, 4) for key, value in some.items()} for arm, some in found.items()]
 
 
+def key_of(run):
+    return run["world"], run["draw"], run["arm"]
+
+
 def to_do(runs):
-    """[(world, draw, arms without a run)], the worlds with all arms first."""
-    known = {(one["world"], one["draw"], one["arm"]) for one in runs}
-    jobs = []
-    for i, world in enumerate(WORLDS):
-        arms = ([*FACTORIAL, *CONTROLS], FACTORIAL, IN_REGIMES)[min(i, 2)]
+    """[(world, draw, arms without a run)], those first that most depends on."""
+    known, jobs = set(map(key_of, runs)), []
+    for first, (i, world) in product((True, False), enumerate(WORLDS)):
+        arms = dict.fromkeys(([*FACTORIAL, *CONTROLS], FACTORIAL, IN_REGIMES)[min(i, 2)])
         for draw in DRAWS if i < 2 else FEW_DRAWS:
-            missing = [arm for arm in dict.fromkeys(arms) if (world, draw, arm.name) not in known]
+            missing = [arm for arm in arms if (arm in FIRST) == first
+                       and (world, draw, arm.name) not in known]
             jobs += [(world, draw, missing)] if missing else []
     return jobs
 
@@ -257,7 +263,8 @@ def main(config):
         jobs = to_do(runs)
         with ThreadPool(config.workers) as pool:
             for found in tqdm(pool.imap_unordered(run_draw, jobs), "draws", len(jobs)):
-                runs += found
+                known = set(map(key_of, runs))      # the judges come with every job of a draw
+                runs += [one for one in found if key_of(one) not in known]
                 write_records(RESULTS, runs)
     print(tables(runs))
     if config.svg:

@@ -8,6 +8,7 @@ import torch
 import generator
 import train
 from config import parse
+from data.files import EDITION, fingerprint
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import main as prepare_toy
 from model import ModelConfig, RewardModel
@@ -46,6 +47,11 @@ def quick_generator(dataset, out_dir, steps=20, **more):
     """A small generator that has hardly learned, and its p, for tests that need any."""
     generator.main(generator.GeneratorConfig(dataset=dataset, out_dir=out_dir, n_layer=1, n_head=2,
                                              n_embd=32, steps=steps, device="cpu", **more))
+
+
+def save_edited(checkpoint, path):
+    """Write a checkpoint that was read and changed as one that is whole."""
+    torch.save(checkpoint | {"checksum": fingerprint(EDITION, checkpoint)}, path)
 
 
 @pytest.fixture

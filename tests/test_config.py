@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import config
-from config import Run, UserError, fingerprint, in_range, parse, read_json, run_script, usage
+from data import files
+from config import UserError, in_range, parse, run_script, usage
+from data.files import Run, fingerprint, read_json
 
 ROOT = Path(config.__file__).parent
 FOLDERS = ("", "data", "data/toy", "lab")
@@ -60,7 +62,7 @@ def test_help_has_a_line_for_every_setting_and_every_setting_a_reader(path, caps
     assert stop.value.code == 0 and module.__doc__.strip() in capsys.readouterr().out
     for field, line in zip(dataclasses.fields(settings), usage(settings), strict=True):
         assert line.startswith(f"  --{field.name}={field.default}  ")
-        assert re.search(rf"\w\.{field.name}\b", source + (ROOT / "config.py").read_text())
+        assert re.search(rf"\w\.{field.name}\b", source + (ROOT / "data/files.py").read_text())
     most = {"train": 20, "generator": 16, "dpo": 16}.get(path.stem, 99)
     assert len(dataclasses.fields(settings)) <= most
 
@@ -78,15 +80,15 @@ def test_a_users_error_is_one_line_with_exit_status_2(error, capsys, monkeypatch
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.txt"
-    config.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fail(temporary):
         temporary.write_text("ne")
         raise OSError("disk full")
     with pytest.raises(UserError, match="cannot write .*disk full"):
-        config.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     with pytest.raises(UserError, match="is not finite"):
-        config.write_json(path, {"x": float("nan")})
+        files.write_json(path, {"x": float("nan")})
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 

@@ -1,7 +1,9 @@
 """Reading, checking, tokenising, writing and batching."""
 import gzip
 import json
+import os
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -14,8 +16,8 @@ from config import UserError, parse
 from data import prepare
 from data import tokenizer as tokenizers
 from data.dataset import dataset_folder, open_dataset, write_dataset
-from data.pairs import (parse_candidates, parse_pairs, parse_steps, read_candidate_rows, read_items,
-                        read_pair_rows, read_step_rows)
+from data.jsonl import read_candidate_rows, read_items, read_pair_rows, read_step_rows
+from data.pairs import parse_candidates, parse_pairs, parse_steps
 from data.rows import Row, batch_of, in_batches, make_batch, make_targets
 
 GOOD = {"prompt": "Q\u2028?", "chosen": "yes\x85\x0b", "rejected": "no"}     # no ends of lines
@@ -68,7 +70,18 @@ BAD_ROWS = [    # what a good row is changed by, and the reason that is given
     (parse_pairs, {"prompt": [{"role": [], "content": "x"}]}, "known 'role'"),
     (parse_pairs, {"prompt": [{"role": "user", "content": "x\n\nAssistant: y"}]}, "another turn"),
     (parse_pairs, {"prompt": messages("x"), "chosen": messages("y")}, "one assistant message"),
-    (parse_pairs, {"chosen": ["a", "b"], "rejected": ["c"]}, "unequal numbers"),
+    (parse_pairs, {"chosen": ["a", "b"], "rejected": ["c"], "domain": "x"}, "not RM-Bench's"),
+    (parse_pairs, {"chosen": ["a", "b"], "rejected": ["c", "d"]}, "not RM-Bench's"),
+    (parse_pairs, {"chosen": "x" + " " * 10**6 + "y"}, "100000 white spaces in a row"),
+    (parse_pairs, {"question": "Q2"}, "more than one prompt (prompt, question)"),
+    (parse_pairs, {"conversations": "x"}, "'conversations' looks like a part"),
+    (parse_pairs, {"log": [{"from": "human", "value": "x"}]}, "'log' looks like a part"),
+    (parse_pairs, {"prompt": [messages("x")[0] | {"tool_calls": [1]}]}, "'tool_calls'"),
+    (parse_pairs, {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "is no text"),
+    (parse_pairs, {"input": "x"}, "'input' that is not"),
+    (parse_pairs, {"history": ["x"]}, "nor of pairs of texts"),
+    (parse_pairs, {"prompt": None, "chosen": "\u4f60好", "rejected": "\u4f60不"}, "no turn or"),
+    (parse_pairs, {"chosen": messages("A", "b"), "rejected": messages("A", "c")}, "conversation's"),
     (parse_candidates, {"responses": []}, "no 'responses'"),
     (parse_candidates, {"responses": [{"text": "a", "correct": float("nan")}]}, "finite"),
     (parse_candidates, {"completion": "a", "label": "yes"}, "'correct' or 'label'"),
@@ -107,15 +120,101 @@ def test_the_four_forms_of_a_pair_are_the_same_pair():
     assert [parse_pairs(form)[0][:2] for form in forms] == [pair] * 4
     plain = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go."}
     assert parse_pairs(plain, as_dialogue=True) == parse_pairs(forms[0], as_dialogue=True)
-    assert parse_pairs({"chosen": "2 + 2 is four", "rejected": "2 + 2 is fish"})[0][:2] == (
-        "2 + 2 is", (" four", " fish"))     # cut between words
     labelled, = parse_candidates({"prompt": [user], "completion": said["chosen"], "label": False})
     assert labelled[:3] == (pair[0], pair[1][:1], (0.0,))
 
 
+@pytest.mark.parametrize("before, row", [
+    ("Hi?", {"question": "Hi?"}), ("Do.\nx", {"instruction": "Do.", "input": "x"}),
+    ("\n\nSystem: S\n\nHuman: Hi?\n\nAssistant:", {"question": "Hi?", "system": "S"}),
+    ("\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi?\n\nAssistant:",
+     {"instruction": "Hi?", "history": [["a", "b"]]}),
+    ("\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi?\n\nAssistant:",
+     {"messages": messages("Hi?"), "history": messages("a", "b")}),
+    ("\n\nHuman: a b\n\nAssistant:", {"prompt": [{"role": "user", "content": [
+        {"type": "text", "text": text} for text in ("a ", "b")]}]})])
+def test_other_names_and_parts_of_a_prompt_are_read(before, row):
+    pair, = parse_pairs(row | {"chosen": "yes", "rejected": "no"})
+    assert pair.prompt == before and [text.strip() for text in pair.responses] == ["yes", "no"]
+    one, = parse_candidates(row | {"completion": "yes", "label": 1})
+    assert one.prompt == before
+
+
+@pytest.mark.parametrize("start", [
+    "<|im_start|>user\nWhat\nis it?<|im_end|>\n<|im_start|>assistant\n",
+    "### Instruction:\nSay.\n\n### Response:\n", "[INST] Say. [/INST]", "Say 1 or 2.\n"])
+def test_whole_texts_are_cut_behind_the_last_turn_that_both_share(start):
+    pair, = parse_pairs({"chosen": start + "one two", "rejected": start + "one three"})
+    assert pair[:2] == (start, ("one two", "one three"))
+
+
+def test_a_prompt_that_its_responses_repeat_is_taken_off_and_counted():
+    said = {"chosen": messages("Hi?", "yes"), "rejected": messages("Hi?", "no")}
+    pair, = parse_pairs({"prompt": "Hi?", **said})      # the form of ultrafeedback_binarized
+    assert pair == parse_pairs(said)[0]
+    assert parse_pairs({"prompt": "Hi?", "chosen": said["chosen"][1:],
+                        "rejected": said["rejected"][1:]})[0] == pair
+    pair, = parse_pairs({"prompt": "Hi?", "chosen": "Hi? yes", "rejected": "Hi? no"})
+    assert pair[:2] == ("Hi?", (" yes", " no")) and "repeat" in pair.note
+
+
+def test_what_was_read_is_said_and_much_that_is_left_out_is_an_error(here, capsys):
+    rows = [dict(GOOD, prompt=f"Q{i}?", score=i) for i in range(40)]
+    run(*rows, rows[0], GOOD | {"prompt": "Q1?", "chosen": "no", "rejected": GOOD["chosen"]},
+        name="mine")
+    said = capsys.readouterr().out
+    assert "x.jsonl: read prompt, chosen, rejected; not read: score" in said
+    assert "1 (rows that stand there once more), 1 (rows whose opposite stands there too)" in said
+    bad = [{"prompt": "Q"}] * 4
+    with pytest.raises(UserError, match="4 of 44 rows are left out .chosen is missing.*--skip_bad"):
+        run(*rows, *bad, name="other")
+    assert not Path("data/other").exists()
+    run(*rows, *bad, name="other", skip_bad=True)
+
+
+def test_labels_are_mapped_or_refused(here, capsys):
+    def labelled(values):
+        return [{"prompt": f"Q{i}", "completion": f"a{i}", "label": values[i % len(values)]}
+                for i in range(60)]
+
+    run(*labelled([-1, 1]), name="signs")
+    assert "-1.0 is read as incorrect, 1.0 as correct" in capsys.readouterr().out
+    with pytest.raises(UserError, match="labels from 0.0 to 4.0; .*--threshold=X"):
+        run(*labelled(range(5)), name="scores")
+    run(*labelled(range(5)), name="scores", threshold=2)
+    for name, share in (("signs", 1 / 2), ("scores", 3 / 5)):
+        sides = open_dataset(name).split("train").lengths[:, 1:] > 0
+        assert sides[:, 0].mean() == pytest.approx(share, abs=0.1)
+        assert (sides.sum(1) == 1).all()
+    with pytest.raises(UserError, match="in train all labels are of one kind"):
+        run(*labelled([1]), name="ones")
+
+
+def test_inputs_that_are_no_jsonl_have_a_remedy_and_a_pipe_is_read(here):
+    for name, content, remedy in (("x.parquet", b"PAR1", "read_parquet"), ("x.csv", b"a", "csv"),
+                                  ("x.jsonl.zst", b"x", "zstd"), ("x.json", b"[\n{}]", "jq")):
+        (here / name).write_bytes(content)
+        with pytest.raises(UserError, match=remedy):
+            run(input=name, name="mine")
+    rows = [dict(GOOD, prompt=f"Q{i}?") for i in range(40)]
+    text = write(here / "y.jsonl", *rows).read_bytes()
+    os.mkfifo(here / "pipe")
+    thread = threading.Thread(target=(here / "pipe").write_bytes, args=[text], daemon=True)
+    thread.start()
+    train, val, _ = run(input="pipe", name="mine")
+    thread.join()
+    assert len(train) + len(val) == 40
+    (here / "data/mine/own.jsonl").write_bytes(text)
+    with pytest.raises(UserError, match="lies in the folder that is written"):
+        run(input="data/mine/own.jsonl", name="mine")
+    assert (here / "data/mine/own.jsonl").read_bytes() == text
+
+
 def test_rows_of_a_file_have_cut_prompts_and_what_does_not_fit_is_counted(tmp_path, bpe, capsys):
     path = write(tmp_path / "x.jsonl", GOOD, GOOD | {"chosen": "the cat " * 50}, {"prompt": "Q"})
-    (_,), _, left_out = read_pair_rows(path, bpe, 9)
+    with pytest.raises(UserError, match="1 of 3 rows are left out .rejected|chosen"):
+        read_pair_rows(path, bpe, 9)
+    (_,), _, left_out = read_pair_rows(path, bpe, 9, skip_bad=True)
     assert left_out == 2 and "1 (a response longer than 8 tokens)" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing is left of .*longer than 2"):
         read_pair_rows(path, bpe, 3)
@@ -140,8 +239,6 @@ def test_bpe_round_trips_any_text_and_pieces_put_a_character_at_its_last_token(b
     assert "" in pieces[:-1] and "\U0001f600" in pieces and pieces[-1] == ""
     saved = json.loads(json.dumps(bpe.to_dict()))
     assert tokenizers.from_dict(saved).encode(texts[0]) == bpe.encode(texts[0])
-    with pytest.raises(UserError, match="fingerprint"):
-        tokenizers.from_dict(saved | {"fingerprint": "0" * 64})
 
 
 def test_bpe_merges_the_most_frequent_neighbours_first():
@@ -214,14 +311,13 @@ def test_a_failure_touches_no_dataset_that_is_there(here, bpe):
 def test_a_damaged_an_old_and_an_unknown_dataset_are_one_line(here, bpe):
     write_dataset(dataset_folder("mine"), ROWS, ("train", "val"), bpe, 64)
     path, dataset = here / "data/mine/train-tokens.npy", open_dataset("mine")
-    np.save(path, np.load(path)[1:])
-    with pytest.raises(UserError, match="belongs to other tokens"):
-        dataset.split("train")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="missing or damaged"):
-        dataset.split("train")
-    for about, message in (([], "damaged"), (dataset.about | {"tokenizer": {}}, "damaged"),
-                           (dataset.about | {"layout": 1}, "another edition.*data/prepare.py")):
+    content = path.read_bytes()
+    for other in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        path.write_bytes(other)
+        with pytest.raises(UserError, match="train-tokens.npy is damaged"):
+            open_dataset("mine").split("train")
+    for about, message in (([], "damaged"), (dataset.about | {"kind": "labels"}, "edited"),
+                           (dataset.about, "another edition.*data/prepare.py")):
         (here / "data/mine/dataset.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match=message):
             open_dataset("mine")
@@ -271,7 +367,8 @@ def test_candidates_become_labelled_responses_and_the_held_out_ones_stay_for_bes
 
 
 def test_benchmarks_are_kept_as_they_are_and_lists_of_three_are_nine_pairs(here, bpe):
-    row = {"prompt": "q", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"]}
+    row = {"prompt": "q", "chosen": ["a", "aa", "aaa"], "rejected": ["b", "bb", "bbb"],
+           "domain": "chat"}
     prepare.main(prepare.PrepareConfig(source="rm_bench", input=write(here / "x.jsonl", row)))
     path = here / "data/rm_bench/test.jsonl"
     found, rows, _ = read_pair_rows(path, bpe, 64, as_dialogue=True)
@@ -279,7 +376,7 @@ def test_benchmarks_are_kept_as_they_are_and_lists_of_three_are_nine_pairs(here,
     assert bpe.decode(rows[0].prompt) == found[0].prompt == "\n\nHuman: q\n\nAssistant:"
     assert {item.cell: item.responses for item in found} == {
         (i, j): (" a" + "a" * i, " b" + "b" * j) for i in range(3) for j in range(3)}
-    row |= {"subset": "x", "meta": {"domain": "safety"}}
+    row |= {"domain": "", "subset": "x", "meta": {"domain": "safety"}}
     assert {item.subset for item in parse_pairs(row)} == {"safety"}
 
 
@@ -288,7 +385,7 @@ def test_hh_rlhf_and_unified_feedback_rows_are_two_dialogues_with_one_prompt(her
     rows = [{"chosen": text.format(i) + " good", "rejected": text.format(i) + " bad"}
             for i in range(30)]
     bad = [{"chosen": text.format(1) + " y", "rejected": text.format(2) + " n"}, {"chosen": "x"}]
-    train, val, dataset = run(*rows, *bad, source="hh_rlhf")
+    train, val, dataset = run(*rows, *bad, source="hh_rlhf", skip_bad=True)
     assert sorted(train + val) == sorted((text.format(i), " good", " bad") for i in range(30))
     assert list(dataset.about["left_out"].values()) == [2]      # they part before the last reply
     rows = [{"conv_A": messages(f"q {i}", "good"), "conv_B": messages(f"q {i}", "bad"),

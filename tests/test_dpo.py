@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import dpo
-from config import UserError, load_checkpoint, parse
+from config import UserError, parse
 from data.dataset import open_dataset
+from data.files import load_checkpoint, read_json
 from data.rows import Row
 from evaluate import load_reward_model
 from generator import load_generator, response_logprobs
@@ -24,7 +25,7 @@ def run(out_dir, **more):
     with mock.patch.multiple(dpo, LOG_EVERY=1, SAVE_EVERY=2, ANSWERS=3):
         dpo.main(parse(dpo.DPOConfig, [f"--{key}={value}" for key, value in settings.items()]))
     lines = Path(out_dir, "log.jsonl").read_text().splitlines()
-    return json.loads(Path(out_dir, "results.json").read_text()), list(map(json.loads, lines))
+    return read_json(Path(out_dir, "results.json"), "dpo.py"), list(map(json.loads, lines))
 
 
 def test_the_loss_equals_its_equation():

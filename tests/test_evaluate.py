@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import evaluate
-from config import UserError, parse, write_json
+from config import UserError, parse
 from data import rows as rows_of_data
 from data.dataset import open_dataset
+from data.files import read_json, write_json
 from data.rows import Row, in_batches
 
 
@@ -157,7 +158,7 @@ def test_a_file_of_pairs_is_scored_by_subset_and_bad_rows_are_counted(inside, tm
               "domain": "chat"}]
     bad = [{"rejected": 1}, {"prompt": "How?", "chosen": "w " * 400, "rejected": "c"}]
     path, out = write(tmp_path / "rb.jsonl", rows + bad), tmp_path / "o.json"
-    main("--checkpoint=out/run/ckpt.pt", f"--data={path}", f"--json={out}")
+    main("--checkpoint=out/run/ckpt.pt", f"--data={path}", f"--json={out}", "--skip_bad=True")
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert "RewardBench  Chat" in printed and "of no section: (none), chat, mine" in printed
     assert (found["n"], found["left_out"], found["prompts"]) == (15, 2, 5)
@@ -180,7 +181,7 @@ def test_steps_are_read_in_one_pass_and_the_threshold_from_another_file(inside, 
     out, command = tmp_path / "o.json", ["--checkpoint=out/run", f"--steps={test}"]
     with mock.patch.object(evaluate, "best_threshold", return_value=0.0) as choose:
         main(*command, f"--threshold_from={val}", f"--json={out}")
-    (rewards, errors), found = choose.call_args.args, json.loads(out.read_text())
+    (rewards, errors), found = choose.call_args.args, read_json(out, "evaluate.py")
     assert errors == [-1, 0, 1, 2, -1] and found.keys() == {"(all)", "x", "y"}
     assert (found["(all)"]["wrong"], found["(all)"]["right"]) == (6, 2)
     prompt, *steps = map(tokenizer.encode, ("How is it?", " first one\n", "second\n", "third two"))

@@ -1,5 +1,4 @@
 """The generator: its probabilities, written once, and sampling."""
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -8,9 +7,10 @@ import pytest
 import torch
 
 import generator
-from config import UserError, fingerprint, load_checkpoint
+from config import UserError
 from conftest import quick_generator
 from data.dataset import open_array, open_dataset
+from data.files import file_digest, load_checkpoint, read_json
 from generator import Sampling, draw, load_generator, sample, sample_responses
 from model import LanguageModel, ModelConfig
 
@@ -54,8 +54,8 @@ def test_p_stands_beside_the_tokens_and_is_the_samplers(trained, tmp_path, monke
     generator.write_p(model, split, tmp_path, settings)
     p = open_array(tmp_path / "p.npy", len(split.tokens))
     mean = pytest.approx(p.sum() / split.lengths[:, 1:].sum())
-    about = json.loads((tmp_path / "p.json").read_text())
-    assert about == settings | {"fingerprint": fingerprint(p), "mean": mean}
+    about = read_json(tmp_path / "p.json", "generator.py")
+    assert about == settings | {"digest": file_digest(tmp_path / "p.npy"), "mean": mean}
     for i in range(4):
         prompt, responses, _ = split[i]
         assert not p[split.starts[i]:][:len(prompt)].any()

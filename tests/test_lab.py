@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bon import halve
-from config import UserError, parse, read_records
+from config import UserError, parse
+from data.files import read_records
 from data.pairs import Item
 from data.probs import PROBS
 from data.toy.prepare import ToyConfig
@@ -48,14 +49,17 @@ def test_arms_are_known_distinct_and_meet_the_baseline(study):
     assert len(set(draws)) == 29 and set(study.POLICY_DRAWS) < set(study.DRAWS)
     everything = study.to_do([])
     assert sum(len(arms) for *_, arms in everything) == 20 * 27 + 20 * 18 + 9 * 5 * 3
+    jobs = [(world, draw, arm) for world, draw, arms in everything for arm in arms]
+    assert len(set(jobs)) == len(jobs) and set(study.IN_REGIMES) < set(study.FIRST)
     assert [world for world, *_ in everything[:21]] == ["sum"] * 20 + ["veto"]
 
 
 def test_a_draws_missing_arms_alone_are_run(study):
     runs = [{"world": "sum", "draw": 300, "arm": arm.name} for arm in study.FACTORIAL]
-    first, second = study.to_do(runs)[:2]
-    assert first == ("sum", 300, [arm for arm in study.CONTROLS if arm not in study.FACTORIAL])
-    assert second[:2] == ("sum", 301) and len(second[2]) == 27
+    jobs = study.to_do(runs)
+    assert jobs[0][:2] == ("sum", 301) and set(jobs[0][2]) == set(study.FIRST)
+    missing, = (arms for world, draw, arms in jobs if (world, draw) == ("sum", 300))
+    assert set(missing) == set(study.CONTROLS) - set(study.FACTORIAL)
 
 
 def test_settings_of_every_world_are_understood(study):

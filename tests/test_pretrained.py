@@ -19,10 +19,11 @@ from conftest import small_run
 import generator
 import pretrained
 import train
-from config import UserError, load_checkpoint
+from config import UserError
 from data import hub, prepare
 from data import tokenizer as tokenizers
 from data.dataset import open_dataset
+from data.files import file_digest, load_checkpoint, read_json, write_json
 from data.tokenizer_json import read_tokenizer
 from evaluate import load_reward_model, score
 from model import LanguageModel, load_weights
@@ -196,12 +197,13 @@ def test_stored_states_of_frozen_blocks_give_the_rewards_of_all_blocks(prepared)
         for a, b in zip(all_blocks, above):
             assert np.abs(a - b).max() < 1e-3 and not np.array_equal(a, b)
     file, said = (Path(f"out/mine-generator/train-below-1.{kind}") for kind in ("npy", "json"))
-    right, about = np.load(file), json.loads(said.read_text())
+    right, about = np.load(file), read_json(said, "train.py")
     np.save(file, 0 * right)        # what is stored for these weights is read
+    write_json(said, about | {"digest": file_digest(file)})
     other = run("out/b", unfrozen=1)["model"]
     assert not torch.equal(other["score.weight"], kept["model"]["score.weight"])
-    for key in about:               # and for other ones made again
-        said.write_text(json.dumps(about | {key: "other"}))
+    for key in about:               # and for other ones made again, and where it is damaged
+        write_json(said, about | {key: "other"})
         np.save(file, 0 * right)
         again = run("out/b", unfrozen=1)["model"]
         assert all(torch.equal(again[name], weight) for name, weight in kept["model"].items())

@@ -4,13 +4,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
 
 import report
 import train
 from bon import BonConfig
 from config import UserError, parse
-from conftest import quick_generator, small_run
+from conftest import quick_generator, save_edited, small_run
+from data.files import load_checkpoint
 from data import tokenizer as tokenizers
 from data.dataset import dataset_folder, open_dataset, write_dataset
 
@@ -49,9 +49,9 @@ def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, t
 
 
 def test_a_picture_shows_the_words_and_what_each_did_under_every_model(inside, tmp_path):
-    other = torch.load("out/run/ckpt.pt", weights_only=True)
+    other = load_checkpoint("out/run", "reward model")
     other["settings"] |= {"probs": "shuffled", "readout": "sum"}
-    torch.save(other, tmp_path / "other.pt")
+    save_edited(other, tmp_path / "other.pt")
     make(f"--checkpoint=out/run,{tmp_path / 'other.pt'}", f"--svg={tmp_path / 'p.svg'}",
          "--response=5")
     elements, dataset = read(tmp_path / "p.svg"), open_dataset("toy")

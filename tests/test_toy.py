@@ -1,7 +1,6 @@
 """The toy world knows its own truth: exact quantities against sampling and enumeration."""
 import contextlib
 import itertools
-import json
 import math
 import random
 import re
@@ -13,6 +12,7 @@ import pytest
 from config import UserError
 from data import tokenizer as tokenizers
 from data.dataset import open_dataset
+from data.files import file_digest, write_json
 from data.probs import PROBS, Probs
 from data.toy.prepare import ToyConfig, main
 from data.toy.world import (EVIDENCE, KINDS, QUALITY, REMARK, State, World, pairs,
@@ -140,8 +140,8 @@ def toy(tmp_path_factory):
         main(ToyConfig(name="toy-1", seed=1, train=200, test=5, fillers=100, noise=0.3))
         dataset = open_dataset("toy-1")
         np.save(dataset.folder / "p.npy", dataset.array("train", "exact-p"))
-        about = json.dumps({"data": dataset.fingerprint, "fingerprint": "1"})
-        (dataset.folder / "p.json").write_text(about)
+        digest = file_digest(dataset.folder / "p.npy")
+        write_json(dataset.folder / "p.json", {"data": dataset.fingerprint, "digest": digest})
         yield dataset
 
 
@@ -177,7 +177,7 @@ def test_the_controls_of_p_keep_what_they_should(toy):
 
 
 def test_p_of_other_data_and_settings_that_make_no_world_are_refused(toy, tmp_path):
-    (tmp_path / "p.json").write_text(json.dumps({"data": "other", "fingerprint": "1"}))
+    write_json(tmp_path / "p.json", {"data": "other", "digest": "1"})
     with pytest.raises(UserError, match="written for other data than data/toy-1"):
         Probs("generator", toy, tmp_path)
     with pytest.raises(UserError, match="fidelity"):

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 import config
 import train
-from config import UserError, load_checkpoint
-from conftest import quick_generator, small_run
+from config import UserError
+from conftest import quick_generator, save_edited, small_run
 from data.dataset import dataset_folder, open_dataset, write_dataset
+from data.files import load_checkpoint
 from data.rows import batch_of
 from evaluate import load_reward_model, score
 from generator import load_generator
@@ -186,7 +187,7 @@ def test_resume_refuses_other_settings_data_and_p_by_name(inside):
     for name in ("data", "p"):
         checkpoint = load_checkpoint("out/run", "reward model")
         checkpoint["inputs"][name] = "of yesterday"
-        torch.save(checkpoint, "out/fixed/ckpt.pt")
+        save_edited(checkpoint, "out/fixed/ckpt.pt")
         refused(f"another {name} than there is now")
 
 

@@ -1,0 +1,134 @@
+"""Files of JSON lines -> items, all checked (data/pairs.py); and items -> Rows.
+
+A bad row is left out and counted; the first few are printed with their number and the reason. More
+than a twentieth of a file left out for one reason is an error, unless it is asked for.
+"""
+import gzip
+import json
+import zlib
+from collections import Counter
+from functools import partial
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+from data.dataset import NOTED, listed, tokenise
+from data.pairs import KEYS, BadRow, parse_candidates, parse_pairs, parse_steps
+from data.rows import Row
+
+SHOWN = 5           # bad rows printed before they are only counted
+FEW = 0.05          # of a file's rows may be left out for one reason without being asked for
+ELSEWHERE = {       # what is no file of JSON lines, and what makes one of it
+    ".zst": "unpack it with `zstd -d`", ".zip": "unpack it", ".xz": "unpack it",
+    ".parquet": "convert it: pandas.read_parquet(A).to_json(B, orient='records', lines=True)",
+    ".csv": "convert it: pandas.read_csv(A).to_json(B, orient='records', lines=True)"}
+JSON_ARRAY = "it is one JSON array; convert it: `jq -c '.[]' A > B`"
+
+
+def read_items(path, parse, as_dialogue=False, left_out=None, convert=dict):
+    """Yield what parse, one of the functions of data/pairs.py, makes of each row as convert gives
+    it (None: it is not wanted); plain prompts become one Human turn with as_dialogue. left_out: a
+    Counter of bad rows by reason, and of what was changed of rows; without it they pass in silence
+    (where a file is read again)."""
+    found = bad = 0
+    keys = Counter()
+    for number, line in enumerate(lines_of(path), start=1):
+        try:
+            row = convert(decode_row(line)) if line.strip() else None
+            items = [] if row is None else parse(row, as_dialogue)
+            keys.update(list(row or ()))
+        except BadRow as reason:
+            items, bad = [], bad + 1
+            if left_out is not None:
+                left_out[str(reason).partition(" (")[0]] += 1
+                if bad <= SHOWN:
+                    print(f"left out: {path}, row {number}: {reason}")
+        found += len(items)
+        if left_out is not None:
+            left_out.update(item.note for item in items if item.note)
+        yield from items
+    if not found:
+        raise UserError(f"{path} has no usable row ({bad} bad); one JSON object a line is expected")
+    if left_out is not None:
+        read, others = ([key for key in keys if (key in KEYS) == known] for known in (True, False))
+        print(f"{path}: read {', '.join(read)}; not read: {', '.join(others) or 'nothing'}")
+
+
+def lines_of(path):
+    """The lines of a file. Only \\n, \\r\\n and \\r end one: texts may hold U+2028 and its like."""
+    remedy = ELSEWHERE.get(Path(path).suffix)
+    if remedy:
+        raise UserError(f"{path} is no file of JSON lines; {remedy}")
+    try:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file):
+                if number == 0 and line.lstrip().startswith("["):
+                    raise UserError(f"{path} is no file of JSON lines; {JSON_ARRAY}")
+                yield line.rstrip("\r\n")
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def decode_row(line):
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:   # integers too long, lists too deep
+        raise BadRow(f"broken JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadRow(f"a {type(row).__name__} where an object is expected")
+    return row
+
+
+def check_left_out(path, left_out, count, skip_bad):
+    """A UserError where more than FEW of a file's `count` rows were left out for one reason."""
+    for reason, bad in left_out.items():
+        if bad > FEW * count and reason not in NOTED and not skip_bad:
+            raise UserError(f"{path}: {bad} of {count} rows are left out ({reason}); mend them, or "
+                            "go on without them with --skip_bad=True")
+
+
+# Files for a model that exists already -----------------------------------------------------------
+
+def read_rows(parse, path, tokenizer, block_size, as_dialogue=False, skip_bad=False):
+    """-> (items, a Row of each, how many were left out: bad rows, and those with a response that
+    is longer than the context)"""
+    left_out = Counter()
+    items = list(read_items(path, parse, as_dialogue, left_out))
+    count = len(items) + sum(bad for reason, bad in left_out.items() if reason not in NOTED)
+    if parse is parse_candidates:
+        items = [without_long(item, tokenizer, block_size, left_out) for item in items]
+    texts = [(item, item.prompt, *item.responses) for item in items]
+    found = tokenise(texts, tokenizer, block_size, left_out)
+    if not found:
+        raise UserError(f"nothing is left of {path}; left out: {listed(left_out)}")
+    check_left_out(path, left_out, count, skip_bad)
+    print(f"{path}: {len(found)} rows; left out: {listed(left_out)}")
+    rows = [Row(np.array(prompt), tuple(map(np.array, responses)))
+            for _, (prompt, *responses) in found]
+    return [item for item, _ in found], rows, count - len(found)
+
+
+def without_long(item, tokenizer, block_size, left_out):
+    """Candidates without those that leave the prompt no room; all of them where none would stay."""
+    fits = [len(tokenizer.encode_reply(text)) < block_size for text in item.responses]
+    if all(fits) or not any(fits):
+        return item
+    left_out[NOTED[2]] += fits.count(False)
+    responses, correct, answers = (
+        tuple(compress(column, fits)) for column in (item.responses, item.correct, item.answers))
+    return item._replace(responses=responses, correct=correct, answers=answers)
+
+
+read_pair_rows = partial(read_rows, parse_pairs)
+read_candidate_rows = partial(read_rows, parse_candidates)
+
+
+def read_step_rows(path, tokenizer, block_size, as_dialogue=False, skip_bad=False):
+    """-> (items, a Row of each, the places of the steps' last tokens in its response)"""
+    items, rows, _ = read_rows(parse_steps, path, tokenizer, block_size, as_dialogue, skip_bad)
+    ends = [[len(tokenizer.encode_reply(item.responses[0][:end])) - 2 for end in item.ends]
+            for item in items]
+    return items, rows, ends
