@@ -242,15 +242,16 @@ def length_normalised_nll(logprobs, batch, responses):
     return -(logprobs / batch.lengths[batch.owners]).sum() / responses
 
 
-def load_weights(model, weights, where):
-    """Fill a model from {name: tensor}; what is missing, unknown or misshapen is an error."""
+def load_weights(model, weights, where, assign=False):
+    """Fill a model from {name: tensor}; what is missing, unknown or misshapen is an error. assign:
+    take these tensors as they are, into a model without memory."""
     embedding = weights.get("model.embed_tokens.weight")
     if model.lm_head.weight is model.model.embed_tokens.weight and embedding is not None:
         weights = {"lm_head.weight": embedding} | weights
         if not torch.equal(weights["lm_head.weight"], embedding):
             raise UserError(f"{where} says that its LM head is its embedding, and holds two")
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
         raise UserError(f"the weights of {where} do not fit: {reason}") from None

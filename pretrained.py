@@ -19,7 +19,7 @@ from data.files import load_checkpoint, load_json, write_atomically, write_text
 from data.hub import find_folder
 from data.tokenizer import from_dict
 from data.tokenizer_json import read_tokenizer
-from model import ModelConfig
+from model import LanguageModel, ModelConfig, load_weights
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What these keys may say (None: absent or null); anything else asks for what the model lacks.
@@ -36,18 +36,18 @@ def read_config(path):
     rope = found.get("rope_parameters")
     numbers = {"rope_theta": 10000.0} | found | (rope if isinstance(rope, dict) else {})
 
-    def number(key, default=None, kinds=(int,)):
+    def number(key, default=None, kinds=(int,), most=10 ** 9):
         value = default if numbers.get(key) is None else numbers[key]
-        if type(value) not in kinds or not value > 0:
-            raise UserError(f"{path}: {key} must be a number above 0, not {value!r}")
+        if type(value) not in kinds or not 0 < value < most:
+            raise UserError(f"{path}: {key} must be a number above 0, not {value!r:.99}")
         return value
 
     plain = {"rope_type": "default", "rope_theta": numbers["rope_theta"]}
-    layers = ["full_attention"] * number("num_hidden_layers")
+    layers = ["full_attention"] * number("num_hidden_layers", most=1000)
     asked = ALLOWED | {"rope_parameters": (None, plain), "layer_types": (None, layers)}
     for key, allowed in asked.items():
         if found.get(key) not in allowed:
-            raise UserError(f"{path}: {key} {found.get(key)!r} asks for what this model lacks")
+            raise UserError(f"{path}: {key} {found.get(key)!r:.99} asks for what this model lacks")
     heads, width, kind = number("num_attention_heads"), number("hidden_size"), found["model_type"]
     return ModelConfig(
         vocab_size=number("vocab_size"), block_size=number("max_position_embeddings"),
@@ -65,15 +65,19 @@ def read_safetensors(path):
         length = int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8:8 + length].tobytes())
         header.pop("__metadata__", None)
-        body, found = data[8 + length:], {}
+        body, found, left = data[8 + length:], {}, len(data) - 8 - length
         for name, about in header.items():
             start, end = about["data_offsets"]
-            if not 0 <= start <= end <= len(body):
-                raise ValueError(f"{name} lies outside the file")
+            left -= end - start
+            if not 0 <= start <= end <= len(body) or left < 0:
+                raise ValueError(f"{name} lies outside the file, or inside another tensor")
             part = torch.frombuffer(bytearray(body[start:end]), dtype=DTYPES[about["dtype"]])
             found[name] = part.reshape(about["shape"]).float()
+            if not found[name].isfinite().all():
+                raise ValueError(f"{name} is not finite")
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError,
+            RecursionError) as error:
         raise UserError(f"{path} is missing, damaged or of another kind ({error!r:.99})") from None
 
 
@@ -115,6 +119,11 @@ def read_folder(name, tokenizer=None, block_size=0):
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
         for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
             weights[name] = weights[name][:tokenizer.vocab_size]
+    try:
+        with torch.device("meta"):      # without memory: config.json may ask for any
+            load_weights(LanguageModel(config), weights, folder, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: no model has the sizes of its config.json ({error!s:.99})")
     return config, weights
 
 

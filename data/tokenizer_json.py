@@ -42,7 +42,7 @@ def read_tokenizer(name):
     found = load_json(path, "the save_pretrained of transformers")
     try:
         return convert(name, found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged or of another kind ({error!r:.99})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -1,7 +1,9 @@
 """Settings, one-line errors and files that are never half written."""
 import dataclasses
 import importlib
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import config
 from data import files
 from config import UserError, in_range, parse, run_script, usage
 from data.files import Run, fingerprint, read_json
+from train import TrainConfig
 
 ROOT = Path(config.__file__).parent
 FOLDERS = ("", "data", "data/toy", "lab")
@@ -67,15 +70,48 @@ def test_help_has_a_line_for_every_setting_and_every_setting_a_reader(path, caps
     assert len(dataclasses.fields(settings)) <= most
 
 
-@pytest.mark.parametrize("error", [UserError("no such thing"), OSError("disk full")])
-def test_a_users_error_is_one_line_with_exit_status_2(error, capsys, monkeypatch):
+def test_a_home_is_expanded_and_initials_are_understood(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Example, ["--name=~/a,~/b"]).name == "/home/me/a,/home/me/b"
+    assert parse(Example, ["--name=a~b"]).name == "a~b"
+    for key, meant in (("lr", "learning_rate"), ("bs", "batch_size"), ("batchsize", "batch_size")):
+        with pytest.raises(UserError, match=f"did you mean --{meant}"):
+            parse(TrainConfig, [f"--{key}=1"])
+
+
+@pytest.fixture
+def handlers():
+    """Signals' handlers as they are, afterwards."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield numbers
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def test_a_signal_ends_a_script_with_one_line_and_its_own_status(handlers, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "stdout", open("/dev/null", "w"))
+    for number in handlers:
+        with pytest.raises(SystemExit) as stop:
+            run_script(Example, lambda settings: os.kill(os.getpid(), number))
+        assert stop.value.code == 128 + number
+        assert re.fullmatch(rf"stopped by {signal.Signals(number).name}; .*\n",
+                            capsys.readouterr().err)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup has it
+    run_script(Example, lambda settings: os.kill(os.getpid(), signal.SIGHUP))
+
+
+@pytest.mark.parametrize("error", [UserError("no such thing"), OSError("disk\nfull")])
+def test_a_users_error_is_one_line_with_exit_status_2(error, capsys, monkeypatch, handlers):
     def main(settings):
         raise error
     monkeypatch.setattr(sys, "argv", ["script"])
     monkeypatch.setattr(sys, "stdout", open("/dev/null", "w"))
     with pytest.raises(SystemExit) as stop:
         run_script(Example, main)
-    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {error}\n"
+    text = str(error).replace("\n", " ")
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {text}\n"
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
