@@ -53,10 +53,12 @@ class BonConfig:
 def best_of_n(rewards, worth, n):
     """Expected worth of the candidate of highest reward among n of M; equal ones share.
     best_of_n([0.1, 0.9, 0.5], [0, 3, 0], 2) is 2.0: the middle one is in two of three subsets."""
+    # task 6
     _, place, size = np.unique(rewards, return_inverse=True, return_counts=True)
     among = [math.comb(int(c), n) / math.comb(len(place), n) for c in (0, *size.cumsum())]
     chances = np.diff(among) / size     # of each candidate of a reward
     return float(chances[place] @ np.asarray(worth, dtype=float))
+    # end
 
 
 def halve(rewards, places):

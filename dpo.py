@@ -55,7 +55,9 @@ class DPOConfig:
 def dpo_loss(margin, beta):
     """-log sigma(beta margin), margin = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l) of each
     pair (Rafailov et al., Eq. 7).  (B,) -> ()"""
+    # task 6
     return -F.logsigmoid(beta * margin).mean()
+    # end
 
 
 # Pairs -------------------------------------------------------------------------------------------

@@ -58,21 +58,27 @@ def read_out(scores, mask, kind):
 
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask is True, 0 where it is nowhere; what is masked out may be NaN."""
+    # task 1
     return torch.where(mask, x, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
+    # end
 
 
 def value_logits(rewards, mask):
     """logit of z_t (Eq. 4): r_t - sg[mean of the opposing response's r], negated on rejected rows,
     where z_t is 1 - sigma(r_t - sg[mean]).  (2B, T), (2B, T) -> (2B, T)"""
+    # task 2
     rewards = torch.where(mask, rewards, 0.0)
     means = masked_mean(rewards, mask, dim=1).detach()[:, None]     # (2B, 1)
     B = len(rewards) // 2
     return torch.cat([rewards[:B] - means[B:], means[:B] - rewards[B:]])
+    # end
 
 
 def link_mask(mask):
     """True for the links with both ends inside the response.  (2B, T) -> (2B, T-1)"""
+    # task 1
     return mask[:, :-1] & mask[:, 1:]
+    # end
 
 
 def links_of(probs, mask):
@@ -92,6 +98,7 @@ def icrm(rewards, probs, mask):
     """Mutually weighted binary cross-entropy of neighbours, weighted by p (the paper's L_reg).
     l_t = -1/2 { sg[z_t+1] log z_t + sg[z_t] log z_t+1 },  penalty = mean over links of 2 p_t l_t,
     scale = mean over links of 2 p_t (z_t + z_t+1) / 2."""
+    # task 3
     p, links = links_of(probs, mask)                                    # (2B, T-1)
     log_z = F.logsigmoid(value_logits(rewards, mask))                   # (2B, T)
     z = log_z.detach().exp()
@@ -99,13 +106,16 @@ def icrm(rewards, probs, mask):
     penalty = masked_mean(2 * p * l, links)
     scale = masked_mean(2 * p * (z[:, :-1] + z[:, 1:]) / 2, links)
     return penalty, scale
+    # end
 
 
 def label_weights(rewards, probs, mask):
     """w_t = sg[p_t-1 z_t-1 + p_t z_t+1], what `icrm` weighs -log z_t with (proof 2).  -> (2B, T)"""
+    # task 3
     p, _ = links_of(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask)).detach()
     return F.pad(p * z[:, :-1], (1, 0)) + F.pad(p * z[:, 1:], (0, 1))
+    # end
 
 
 def icrm_by_token(rewards, probs, mask):
@@ -152,9 +162,11 @@ def squared_gap(rewards, probs, mask):
 
 def gap_bound(rewards, probs, mask):
     """What the derivation implies (proof 1): relu(|z_t - z_t+1| - (1 - p_t))^2."""
+    # task 4
     p, links = links_of(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask))
     return masked_mean(F.relu((z[:, 1:] - z[:, :-1]).abs() - (1 - p)) ** 2, links), None
+    # end
 
 
 def icrm_gap_bound(rewards, probs, mask):
@@ -165,9 +177,11 @@ def icrm_gap_bound(rewards, probs, mask):
 
 def quiet(rewards, probs, mask):
     """Small increments of the reward itself where tokens are predictable: p_t (r_t+1 - r_t)^2."""
+    # task 7
     p, links = links_of(probs, mask)
     rewards = torch.where(mask, rewards, 0.0)
     return masked_mean(p * (rewards[:, 1:] - rewards[:, :-1]) ** 2, links), None
+    # end
 
 
 def segment_bt(rewards, probs, mask):

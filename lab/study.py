@@ -80,10 +80,13 @@ ACCURACY = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
             "corr(z,V)": ("val", "correlation"), "calib.": ("val", "calibration_error"),
             "leak": ("val", "credit_leak")}
 SEARCH = ("best of 16", "best of 64", "fewer", *HALVE)
+BRIEF = ("val", "swapped", "corr(z,V)", "best of 64", "38%")
 PAIRS_FROM = {"": "sampled", "swapped": "swapped"}     # dpo.py's setting: the name of its column
 POLICY = [f"{what}, {name}" for name in PAIRS_FROM.values() for what in ("gold", "KL")]
 # Question: its world (with the arm a row), arms, columns. The first row is what others differ from.
 TABLES = {
+    "In short": ("sum", [BASE, Arm("icrm"), Arm("icrm", "last", "uniform"), *FIRST[4:],
+                         *POLICIES[2:]], BRIEF),
     "Which regularizer?": ("sum", [arm for arm in FACTORIAL if arm.readout == "last"], ACCURACY),
     "Which p?": ("sum", [BASE, *CONTROLS], ACCURACY),
     "Read-out and regularizer": ("sum", FACTORIAL, ACCURACY),
@@ -92,8 +95,7 @@ TABLES = {
     "A gold that is no sum": ("veto", FACTORIAL, ACCURACY),
     "Search, where gold is no sum": ("veto", FACTORIAL, SEARCH),
     "Policies": ("sum", POLICIES, POLICY),
-    **{f"Regime: {world}": (world, IN_REGIMES, ("val", "swapped", "corr(z,V)", "best of 64", "38%"))
-       for world in list(WORLDS)[2:]},
+    **{f"Regime: {world}": (world, IN_REGIMES, BRIEF) for world in list(WORLDS)[2:]},
 }
 
 
@@ -195,13 +197,17 @@ def number_of_looks():
                 for arm in arms if arm != BASE for column in columns})
 
 
+def draws_of(known, world, arm, column):
+    """{draw: value} of an arm."""
+    return {draw: one[column] for (place, name, draw), one in known.items()
+            if (place, name) == (world, arm) and column in one}
+
+
 def cell(known, world, arm, column):
     """An arm's mean, and its difference to the baseline's ± half its 95% interval, paired by draw;
     bold where that excludes 0, with a dagger where its p times the number of looks (Bonferroni) is
     below 0.05 too."""
-    mine, its = ({draw: one[column] for (place, name, draw), one in known.items()
-                  if (place, name) == (world, which) and column in one}
-                 for which in (arm, BASE.name))
+    mine, its = (draws_of(known, world, which, column) for which in (arm, BASE.name))
     if not mine:
         return ""
     mean = f"{np.mean(list(mine.values())):.3f}"
@@ -215,16 +221,19 @@ def cell(known, world, arm, column):
 
 
 def table(runs, world, arms, columns):
-    """The lines of a Markdown table; under what is asked of search, two judges more."""
+    """The lines of a Markdown table of the arms with enough draws; under what is asked of search,
+    two judges more."""
     known = {(one["world"], one["arm"], one["draw"]): one for one in runs}
-    lines = ["| " + " | ".join(["regularizer", "p", "read-out", *columns]) + " |",
-             "|" + " --- |" * (3 + len(columns))]
+    lines = ["| " + " | ".join(["regularizer", "p", "read-out", "draws", *columns]) + " |",
+             "|" + " --- |" * (4 + len(columns))]
     rows = [(arm.name, f"`{arm.regularizer}`", arm.probs if arm.regularizer in USES_P else "",
              arm.readout) for arm in arms]
     rows += [(name, name, "", "") for name in ("exact value", "no judge") if "38%" in columns]
     for name, *about in rows:
-        cells = [cell(known, world, name, column) for column in columns]
-        lines += ["| " + " | ".join([*about, *cells]) + " |"] if any(cells) else []
+        count = max(len(draws_of(known, world, name, column)) for column in columns)
+        if count >= len(FEW_DRAWS):
+            cells = [cell(known, world, name, column) for column in columns]
+            lines.append("| " + " | ".join([*about, str(count), *cells]) + " |")
     return lines
 
 
@@ -244,13 +253,14 @@ def picture(runs):
         lines += [(style, points), ("dots", points)]
         labels.append((*points[0], label))
     golds = [y for _, points in lines for _, y in points]
-    return chart(lines, ticks(0, 1), ticks(min(golds), max(golds), 5),
+    return chart(lines, ticks(0, 1), ticks(min(golds) - 0.2, max(golds), 5),
                  ("share of all tokens written", "gold of the pick"), labels=labels, style=CSS)
 
 
 def tables(runs):
-    return "\n".join("\n".join([f"### {question}", "", *table(runs, *about), ""])
-                     for question, about in TABLES.items())
+    found = {question: table(runs, *about) for question, about in TABLES.items()}
+    return "\n".join("\n".join([f"### {question}", "", *lines, ""])
+                     for question, lines in found.items() if len(lines) > 2)
 
 
 def main(config):

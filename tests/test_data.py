@@ -2,6 +2,8 @@
 import gzip
 import json
 import os
+import random
+import re
 import sys
 import threading
 from collections import Counter
@@ -208,6 +210,43 @@ def test_inputs_that_are_no_jsonl_have_a_remedy_and_a_pipe_is_read(here):
     with pytest.raises(UserError, match="lies in the folder that is written"):
         run(input="data/mine/own.jsonl", name="mine")
     assert (here / "data/mine/own.jsonl").read_bytes() == text
+
+
+HINDI, THAI = "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0e01\u0e33"
+ARABIC = "\u0645\u064f\u062d\u064e"
+FAMILY, JOINED = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u062e\u0648\u200c\u0646"
+
+
+def test_texts_of_every_kind_come_back_as_they_were(here):
+    kinds = [FAMILY, f"{ARABIC} \u202eab", "\x00\x07\x1b[31m", "a\u2028b\x85c", "'\"<&>",
+             "<|endoftext|><|im_end|>", f"{HINDI} {THAI}", "e\u0301\u0302",
+             "".join(random.Random(0).choices("abcdefgh", k=100_000))]
+    rows = [{"prompt": f"{i}{text[:90]}", "chosen": text, "rejected": "no"}
+            for i in range(8) for text in kinds]
+    rows.append({"prompt": "a lone surrogate", "chosen": "\ud800 x", "rejected": "no"})
+    (here / "y.jsonl").write_text("\n".join(map(json.dumps, rows)))     # ASCII, with escapes
+    train, val, dataset = run(input="y.jsonl", name="mine", skip_bad=True)
+    assert dataset.about["left_out"] == {"a response longer than 1023 tokens": 8}
+    wanted = {(row["prompt"], row["chosen"].replace("\ud800", "\ufffd"), "no") for row in rows}
+    assert {*train, *val} == {row for row in wanted if len(row[1]) < 1000}
+
+
+def test_marks_and_joiners_belong_to_words_in_training_and_encoding_alike():
+    words = [HINDI, THAI, ARABIC, "e\u0301te\u0301", JOINED]
+    spaced, pattern = [words[0], *(f" {word}" for word in words[1:])], tokenizers.split_pattern()
+    assert re.findall(pattern, " ".join(words)) == spaced
+    bpe = tokenizers.make("bpe:2000", [" ".join(words)] * 9)
+    assert [bpe.decode([i]) for i in bpe.encode(" ".join(words))] == spaced     # merged to the end
+    rng = random.Random(0)
+    text = "".join(chr(rng.choice([rng.randrange(0x3000), rng.randrange(0xe000, 0x20000), 32, 97]))
+                   for _ in range(20_000))
+    pieces = re.findall(pattern, text)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for piece in pieces:
+        ranks.setdefault(piece.encode(), len(ranks))
+    whole = tokenizers.Tokenizer("bpe:1", ranks)        # every piece is one token
+    assert "".join(pieces) == text
+    assert whole.encode(text) == [ranks[piece.encode()] for piece in pieces]
 
 
 def test_rows_of_a_file_have_cut_prompts_and_what_does_not_fit_is_counted(tmp_path, bpe, capsys):

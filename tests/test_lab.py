@@ -68,13 +68,14 @@ def test_settings_of_every_world_are_understood(study):
         parse(GeneratorConfig, [f"--{key}={value}" for key, value in how.items()])
 
 
-def test_differences_are_paired_by_draw(study):
+def test_differences_are_paired_by_draw(study, monkeypatch):
     arms = [study.BASE, study.Arm("icrm")]
+    monkeypatch.setattr(study, "FEW_DRAWS", range(3))
     runs = [{"world": "sum", "draw": draw, "arm": arm.name, "val": 0.1 * draw + 0.2 * i}
             for i, arm in enumerate(arms) for draw in (2, 0, 1)]
     runs += [{"world": "veto", "draw": 2, "arm": arm.name, "val": 0.5} for arm in arms]
     *_, line = study.table(runs, "sum", arms, ["val", "swapped"])
-    assert line == "| `icrm` | generator | last | 0.300 (**+0.200 ± 0.000**) |  |"
+    assert line == "| `icrm` | generator | last | 3 | 0.300 (**+0.200 ± 0.000**) |  |"
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])

@@ -142,6 +142,21 @@ def test_eight_pairs_are_overfitted_to_100_percent(inside):
     assert last["accuracy"] == 1 and last["bt"] < 0.1
 
 
+def test_bfloat16_and_responses_of_a_token_give_a_finite_loss(inside):
+    mask = torch.tensor([[True, True], [True, False]])
+    for size in (1.0, 1e4):
+        rewards = (size * torch.tensor([[1.0, -1.0], [1.0, 9.0]])).bfloat16().requires_grad_()
+        for name, regularize in train.REGULARIZERS.items():
+            for p in (0.0, 1.0):
+                probs = torch.full((2, 1), p)
+                reg, _ = train.normalised(*regularize(rewards, probs, mask), torch.tensor(0.5))
+                bt, _ = train.bradley_terry(rewards, mask)
+                gradient, = torch.autograd.grad(reg + bt, rewards)
+                assert torch.isfinite(gradient).all() and torch.isfinite(reg + bt), name
+    run("out/bf16", dtype="bfloat16", steps=3)
+    assert all(np.isfinite(list(record.values())).all() for record in log_of("out/bf16"))
+
+
 # Runs -------------------------------------------------------------------------------------------
 
 def test_a_run_logs_every_term_and_writes_its_results(inside):

@@ -1,0 +1,35 @@
+"""A student's copy of the project, in which the bodies of the tasks are blank.
+
+    python exercises/start.py FOLDER
+"""
+import shutil
+import sys
+from pathlib import Path
+
+from tasks import EXPERIMENT, ROOT, TASKS, blank
+
+COPIED = ("*.py", "*.md", "requirements.txt", "pyproject.toml", "data/*.py", "data/*.md",
+          "data/lengths.json", "data/toy/*.py", "lab/*.py", "lab/*.css", "tests/**/*",
+          "exercises/*.md", "exercises/*.py")
+
+
+def start(folder):
+    """Write the copy; a folder that holds anything is refused."""
+    if folder.exists() and list(folder.iterdir()):
+        sys.exit(f"error: {folder} is not empty")
+    for path in {path for pattern in COPIED for path in ROOT.glob(pattern) if path.is_file()}:
+        target = folder / path.relative_to(ROOT)
+        if "__pycache__" not in target.parts and str(target.relative_to(folder)) != EXPERIMENT:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    for name in {name for task in TASKS.values() for name, _ in task.functions}:
+        path = folder / f"{name.replace('.', '/')}.py"
+        path.write_text(blank(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    start(Path(sys.argv[1]))
+    print(f"wrote {sys.argv[1]}; read exercises/README.md, and grade it with\n"
+          f"    python exercises/grade.py {sys.argv[1]}")

@@ -1,0 +1,155 @@
+"""The grader grades: blanks have no points, the source has all, and each of many well-known wrong
+answers loses the points of its own task and no others."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXERCISES = ROOT / "exercises"
+sys.path.append(str(EXERCISES))
+tasks = importlib.import_module("tasks")
+
+QUIET = "masked_mean(p * (rewards[:, 1:] - rewards[:, :-1]) ** 2, links)"
+# Name: (task, file, what stands there, what a student writes).
+WRONG = {
+    "mean over padding": (1, "regularizer", "mask.sum(dim).clamp(min=1)",
+                          "torch.ones_like(x).sum(dim)"),
+    "padding times zero": (1, "regularizer", "torch.where(mask, x, 0.0).sum(dim)",
+                           "(mask * x).sum(dim)"),
+    "no clamp": (1, "regularizer", "mask.sum(dim).clamp(min=1)", "mask.sum(dim)"),
+    "sum for mean": (1, "regularizer", " / mask.sum(dim).clamp(min=1)", ""),
+    "mask on one end": (1, "regularizer", "return mask[:, :-1] & mask[:, 1:]",
+                        "return mask[:, :-1]"),
+    "links of neighbours too many": (1, "regularizer", "return mask[:, :-1] & mask[:, 1:]",
+                                     "return mask[:, :-1] | mask[:, 1:]"),
+    "missing detach": (2, "regularizer", "dim=1).detach()[:, None]", "dim=1)[:, None]"),
+    "wrong detach": (2, "regularizer", "rewards[:B] - means[B:]",
+                     "rewards[:B].detach() - means[B:]"),
+    "sigma outside the mean": (2, "regularizer", "masked_mean(rewards, mask, dim=1)",
+                               "masked_mean(torch.sigmoid(rewards), mask, dim=1)"),
+    "own mean": (2, "regularizer", "rewards[:B] - means[B:]", "rewards[:B] - means[:B]"),
+    "rejected not negated": (2, "regularizer", "means[:B] - rewards[B:]",
+                             "rewards[B:] - means[:B]"),
+    "one mean for the batch": (2, "regularizer", "masked_mean(rewards, mask, dim=1).detach()",
+                               "masked_mean(rewards, mask).expand(len(mask)).detach()"),
+    "z moves": (3, "regularizer", "z = log_z.detach().exp()", "z = log_z.exp()"),
+    "p of the wrong token": (3, "regularizer", "penalty = masked_mean(2 * p * l, links)",
+                             "penalty = masked_mean(2 * p.roll(1, 1) * l, links)"),
+    "half of the loss": (3, "regularizer", " + z[:, :-1] * log_z[:, 1:])", ")"),
+    "a token with itself": (3, "regularizer", "(z[:, 1:] * log_z[:, :-1]",
+                            "(z[:, :-1] * log_z[:, :-1]"),
+    "not by p": (3, "regularizer", "masked_mean(2 * p * l, links)", "masked_mean(2 * l, links)"),
+    "one neighbour's weight": (3, "regularizer", " + F.pad(p * z[:, 1:], (0, 1))", ""),
+    "p where 1 - p stands": (4, "regularizer", ".abs() - (1 - p)) ** 2", ".abs() - p) ** 2"),
+    "one-sided gap": (4, "regularizer", "(z[:, 1:] - z[:, :-1]).abs() - (1",
+                      "(z[:, 1:] - z[:, :-1]) - (1"),
+    "not squared": (4, "regularizer", " - (1 - p)) ** 2, links)", " - (1 - p)), links)"),
+    "one end stands still": (4, "regularizer", "(z[:, 1:] - z[:, :-1]).abs()",
+                             "(z[:, 1:].detach() - z[:, :-1]).abs()"),
+    "zeros for uniform": (5, "data/probs", "np.ones(len(p), np.float32)",
+                          "np.zeros(len(p), np.float32)"),
+    "a shift is no shuffle": (5, "data/probs", "np.random.default_rng([i, side]).permutation("
+                              "p[1:])", "np.roll(p[1:], 1)"),
+    "one permutation for all": (5, "data/probs", "default_rng([i, side])", "default_rng(0)"),
+    "another shuffle every time": (5, "data/probs", "default_rng([i, side])", "default_rng()"),
+    "the first token moves": (5, "data/probs", "np.concatenate([p[:1], np.random.default_rng("
+                              "[i, side]).permutation(p[1:])])",
+                              "np.random.default_rng([i, side]).permutation(p)"),
+    "with replacement": (6, "bon", "math.comb(int(c), n) / math.comb(len(place), n)",
+                         "(int(c) / len(place)) ** n"),
+    "ties go to the first": (6, "bon", "np.diff(among) / size", "np.diff(among)"),
+    "the sum of losses": (6, "dpo", "F.logsigmoid(beta * margin).mean()",
+                          "F.logsigmoid(beta * margin).sum()"),
+    "log of sigma": (6, "dpo", "F.logsigmoid(beta * margin)", "torch.sigmoid(beta * margin).log()"),
+    "padding is read": (7, "regularizer", QUIET, QUIET.replace("masked_mean", "torch.mean").replace(
+        ", links", "")),
+    "in place": (7, "regularizer", f"return {QUIET}", f"probs[:] = 0.5\n    return {QUIET}"),
+    "a constant": (7, "regularizer", QUIET, "rewards.sum() * 0 + 1"),
+    "without p": (7, "regularizer", QUIET, QUIET.replace("p * ", "")),
+}
+
+
+def points_lost(folder):
+    """The tasks that a copy fails, and why; in a process that has imported torch already."""
+    def child():
+        os.chdir(folder)
+        sys.path.insert(0, str(EXERCISES))
+        checks = importlib.import_module("checks")
+        for task in tasks.TASKS:
+            for name, module in list(sys.modules.items()):      # each task has them anew
+                if str(ROOT) in (getattr(module, "__file__", "") or "") or str(folder) in (
+                        getattr(module, "__file__", "") or ""):
+                    del sys.modules[name]
+            sys.modules["tasks"] = tasks
+            checks.main(task, folder / f"said-{task}")
+
+    process = get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    said = {task: (folder / f"said-{task}").read_text() for task in tasks.TASKS}
+    return {task: why for task, why in said.items() if why}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A student's copy with everything solved; experiment.json is the source's."""
+    folder = tmp_path_factory.mktemp("copy") / "copy"
+    subprocess.run([sys.executable, EXERCISES / "start.py", folder], check=True)
+    for name in ("regularizer", "bon", "dpo", "data/probs"):
+        (folder / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    (folder / tasks.EXPERIMENT).write_text((ROOT / tasks.EXPERIMENT).read_text())
+    return folder
+
+
+def test_the_source_has_all_points_and_blanks_have_none(copy, tmp_path):
+    assert points_lost(copy) == {}
+    subprocess.run([sys.executable, EXERCISES / "start.py", tmp_path / "blank"], check=True)
+    lost = points_lost(tmp_path / "blank")
+    assert lost.keys() == tasks.TASKS.keys()
+    assert all(f"task {task}" in why for task, why in lost.items() if task < 8)
+    again = subprocess.run([sys.executable, EXERCISES / "start.py", tmp_path / "blank"],
+                           capture_output=True, text=True)
+    assert again.returncode == 1 and "is not empty" in again.stderr
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_loses_the_points_of_its_task_alone(copy, name):
+    task, file, right, wrong = WRONG[name]
+    path = copy / f"{file}.py"
+    text = path.read_text()
+    assert text.count(right) == 1, name
+    path.write_text(text.replace(right, wrong))
+    try:
+        assert points_lost(copy).keys() == {task}
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("changes", [
+    {"beats": True, "differences": [0.1, -0.2, 0.3, 0.0, 0.1]}, {"draws": [1, 1, 2, 3, 4]},
+    {"mean": 0.5}, {"half_width": 0.01}])
+def test_an_experiment_that_claims_more_than_it_found_has_no_points(copy, changes):
+    path = copy / tasks.EXPERIMENT
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | changes))
+    assert points_lost(copy).keys() == {8}
+    path.write_text(text)
+
+
+@pytest.mark.slow
+def test_grading_prints_points_and_survives_a_loop_and_an_exit(copy):
+    path = copy / "regularizer.py"
+    text = path.read_text()
+    path.write_text(text + "\nimport os\nos._exit(0)\n")
+    done = subprocess.run([sys.executable, EXERCISES / "grade.py", copy], capture_output=True,
+                          text=True)
+    path.write_text(text)
+    found = json.loads((copy / "grade.json").read_text())
+    assert "the process ended early" in done.stdout and done.returncode == 0
+    assert found["total"] <= 40 and found["points"]["8"] == 10
