@@ -208,7 +208,7 @@ def cell(known, world, arm, column):
     bold where that excludes 0, with a dagger where its p times the number of looks (Bonferroni) is
     below 0.05 too."""
     mine, its = (draws_of(known, world, which, column) for which in (arm, BASE.name))
-    if not mine:
+    if len(mine) < len(FEW_DRAWS):
         return ""
     mean = f"{np.mean(list(mine.values())):.3f}"
     differences = [mine[draw] - its[draw] for draw in mine if draw in its]
