@@ -79,8 +79,9 @@ def run_other(script, quiet=False, **settings):
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
         try:
             _, said = child.communicate()
-        except BaseException:
-            child.terminate()
+        except Stopped as stopped:
+            if stopped.args[0] == signal.SIGTERM:   # a terminal sends the others to both
+                child.terminate()
             raise
     if child.returncode:
         why = said.strip() if quiet else "see above"

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ except ImportError:     # Windows: a folder that is in use is not noticed
     fcntl = None
 
 EDITION = "2"   # of what is written; part of every checksum
-OURS = ("", ".py", ".md", ".css", ".sh", ".txt")    # files of the project itself
+OURS = re.compile(r".*\.(py|md|css|sh)|LICENSE|requirements\.txt|pyproject\.toml|lengths\.json")
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -35,8 +36,8 @@ def write_atomically(path, write):
         if path.exists() and not path.is_file() and not path.is_dir():
             return write(path)
         path = path.resolve()
-        if ".git" in path.parts or path.is_relative_to(HERE) and path.exists() and (
-                path.suffix in OURS or path.parent == HERE / "data"):
+        ours = path.is_relative_to(HERE) and path.exists() and OURS.fullmatch(path.name)
+        if ours or ".git" in path.parts:
             raise UserError(f"{path} belongs to the project; name another file to write")
         with temporary_beside(path) as temporary:
             write(temporary)
