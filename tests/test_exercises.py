@@ -118,7 +118,12 @@ def test_the_source_has_all_points_and_blanks_have_none(copy, tmp_path):
     assert again.returncode == 1 and "is not empty" in again.stderr
 
 
-@pytest.mark.parametrize("name", WRONG)
+def test_every_task_but_the_experiment_has_wrong_answers():
+    assert {task for task, *_ in WRONG.values()} == set(tasks.TASKS) - {8} and len(WRONG) >= 20
+
+
+@pytest.mark.parametrize("name", [      # every third one in the quick suite
+    pytest.param(name, marks=[pytest.mark.slow] * bool(i % 3)) for i, name in enumerate(WRONG)])
 def test_a_wrong_answer_loses_the_points_of_its_task_alone(copy, name):
     task, file, right, wrong = WRONG[name]
     path = copy / f"{file}.py"
