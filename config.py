@@ -35,10 +35,14 @@ class Stopping:
     patient, waits until its step is done and saved. A second one does not wait."""
     patient = False
     asked = None    # the signal that waits
+    children = set()    # commands that are running, in any thread
 
     @classmethod
     def receive(cls, number, frame):
         if not cls.patient or cls.asked:
+            if number == signal.SIGTERM:    # a terminal sends the others to all processes
+                for child in cls.children:
+                    child.terminate()
             raise Stopped(number)
         cls.asked = number
         print("\nstopping when this step is done and saved", file=sys.stderr)
@@ -77,12 +81,11 @@ def run_other(script, quiet=False, **settings):
     pipe = subprocess.PIPE if quiet else None
     command = [sys.executable, HERE / script, *arguments]
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
+        Stopping.children.add(child)
         try:
             _, said = child.communicate()
-        except Stopped as stopped:
-            if stopped.args[0] == signal.SIGTERM:   # a terminal sends the others to both
-                child.terminate()
-            raise
+        finally:
+            Stopping.children.discard(child)
     if child.returncode:
         why = said.strip() if quiet else "see above"
         raise UserError(f"python {script} {' '.join(arguments)} failed: {why}")

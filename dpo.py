@@ -97,7 +97,8 @@ def make_pairs(reference, reward_model, tokenizer, rows, config):
     rows = finished(rows, tokenizer)
     pairs = best_and_worst(rows, final_rewards(reward_model, rows))
     if not pairs:
-        raise UserError(f"no pair; raise --samples or --max_new_tokens={config.max_new_tokens}")
+        raise UserError(f"no pair; another --pairs_from than {config.pairs_from!r}, or more "
+                        f"--samples or --max_new_tokens than {config.max_new_tokens}, may help")
     print(f"{len(pairs)} pairs from {len(rows)} prompts")
     return pairs, torch.from_numpy(np.stack(sums(reference, pairs))).float()
 
@@ -181,8 +182,8 @@ def compare(policy, reference, reward_model, judge, dataset, prompts, config):
 
 def main(config):
     name = Path(config.checkpoint.removesuffix("ckpt.pt")).name
-    config = dataclasses.replace(config,
-                                 out_dir=config.out_dir or f"out/dpo-{name}-seed{config.seed}")
+    words = filter(None, ("out/dpo", name, config.pairs_from, f"seed{config.seed}"))
+    config = dataclasses.replace(config, out_dir=config.out_dir or "-".join(words))
     show(config)
     in_range(config, 1, 10**9, "prompts", "max_new_tokens", "steps", "batch_size")
     in_range(config, 2, 10**9, "samples", "held_out")

@@ -23,8 +23,9 @@ from data.rows import Row
 
 ROWS = 4096     # tokenised and written at a time
 # What is counted beside the rows that are left out: what was left out of rows that were kept.
-NOTED = ("the oldest tokens of a prompt", "a prompt that its responses repeat",
-         "a candidate as long as the context", "final answers of a set that lacks some")
+NOTED = OLDEST, REPEATED, LONG_CANDIDATE, SOME_ANSWERS = (
+    "the oldest tokens of a prompt", "a prompt that its responses repeat",
+    "a candidate as long as the context", "final answers of a set that lacks some")
 
 
 def dataset_folder(name):
@@ -190,7 +191,7 @@ def tokenise(rows, tokenizer, block_size, left_out):
             left_out[f"a response longer than {block_size - 1} tokens"] += 1
             continue
         if len(prompt) > room:
-            left_out[NOTED[0]] += 1
+            left_out[OLDEST] += 1
         found.append((name, [tokenizer.cut(prompt, room), *sides]))
     return found
 

@@ -36,8 +36,8 @@ def write_atomically(path, write):
         if path.exists() and not path.is_file() and not path.is_dir():
             return write(path)
         path = path.resolve()
-        ours = path.is_relative_to(HERE) and path.exists() and OURS.fullmatch(path.name)
-        if ours or ".git" in path.parts:
+        inside = path.is_relative_to(HERE) and not path.is_relative_to(HERE / "out")
+        if inside and path.exists() and OURS.fullmatch(path.name) or ".git" in path.parts:
             raise UserError(f"{path} belongs to the project; name another file to write")
         with temporary_beside(path) as temporary:
             write(temporary)
@@ -64,6 +64,8 @@ def temporary_beside(path):
 
 
 def is_running(process):
+    if os.name == "nt":     # there 0 is a Ctrl-C
+        return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -190,10 +192,12 @@ def lock(folder):
     elif fcntl:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
             raise UserError(f"{folder} is in use by a running process; wait, or name another "
                             "--out_dir") from None
+        except OSError:     # a file system that has no locks
+            pass
         LOCKED[key] = descriptor
 
 
@@ -208,7 +212,7 @@ def step_of(line):
     """The step of a line of log.jsonl; None where it is damaged."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 
@@ -262,12 +266,14 @@ class Run:
 
     def restore(self, model, optimizer):
         """Load the checkpoint, if any, into model and optimizer; returns the next step's number."""
-        Stopping.patient = int(os.environ.get("WORLD_SIZE", 1)) == 1    # others would wait for us
+        step = self.checkpoint["step"] if self.checkpoint else 0
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1       # others would wait for us
+        Stopping.patient = alone and step < self.settings["steps"]
         if self.checkpoint is None:
             return 0
         model.load_state_dict(self.checkpoint["model"])
         optimizer.load_state_dict(self.checkpoint["optimizer"])
-        step, log = self.checkpoint["step"], self.folder / "log.jsonl"
+        log = self.folder / "log.jsonl"
         if self.writes and log.exists():    # what was logged after the checkpoint is logged again
             lines = log.read_text(errors="replace").splitlines(keepends=True)
             steps = [step_of(line) if line.endswith("\n") else None for line in lines]

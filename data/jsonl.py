@@ -8,13 +8,13 @@ import json
 import zlib
 from collections import Counter
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
 
 from config import UserError
-from data.dataset import NOTED, listed, tokenise
+from data.dataset import LONG_CANDIDATE, NOTED, listed, tokenise
 from data.pairs import KEYS, BadRow, parse_candidates, parse_pairs, parse_steps
 from data.rows import Row
 
@@ -27,38 +27,41 @@ ELSEWHERE = {       # what is no file of JSON lines, and what makes one of it
 JSON_ARRAY = "it is one JSON array; convert it: `jq -c '.[]' A > B`"
 
 
-def read_items(path, parse, as_dialogue=False, left_out=None, convert=dict):
-    """Yield what parse, one of the functions of data/pairs.py, makes of each row as convert gives
-    it (None: it is not wanted); plain prompts become one Human turn with as_dialogue. left_out: a
-    Counter of bad rows by reason, and of what was changed of rows; without it they pass in silence
-    (where a file is read again)."""
-    found = bad = 0
-    keys = Counter()
-    for number, line in enumerate(lines_of(path), start=1):
+def read_items(path, parse, as_dialogue=False, left_out=None, skip_bad=False, convert=dict,
+               every=1):
+    """Yield what parse, one of the functions of data/pairs.py, makes of every so many rows as
+    convert gives them (None: it is not wanted); plain prompts become one Human turn with
+    as_dialogue. left_out: a Counter of bad rows by reason, and of what was changed of rows; without
+    it they pass in silence (where a file is read again)."""
+    found = rows = 0
+    keys, bad = Counter(), Counter()
+    for number, line in islice(enumerate(lines_of(path), start=1), 0, None, every):
         try:
             row = convert(decode_row(line)) if line.strip() else None
             items = [] if row is None else parse(row, as_dialogue)
             keys.update(list(row or ()))
         except BadRow as reason:
-            items, bad = [], bad + 1
-            if left_out is not None:
-                left_out[str(reason).partition(" (")[0]] += 1
-                if bad <= SHOWN:
-                    print(f"left out: {path}, row {number}: {reason}")
-        found += len(items)
+            items, row = [], {}
+            bad[str(reason).partition(" (")[0]] += 1
+            if left_out is not None and bad.total() <= SHOWN:
+                print(f"left out: {path}, row {number}: {reason}")
+        found, rows = found + len(items), rows + (row is not None)
         if left_out is not None:
             left_out.update(item.note for item in items if item.note)
         yield from items
     if not found:
-        raise UserError(f"{path} has no usable row ({bad} bad); one JSON object a line is expected")
+        raise UserError(f"{path} has no usable row ({bad.total()} bad); one JSON object a line is "
+                        "expected")
     if left_out is not None:
+        left_out.update(bad)
+        check_left_out(path, bad, rows, skip_bad)
         read, others = ([key for key in keys if (key in KEYS) == known] for known in (True, False))
         print(f"{path}: read {', '.join(read)}; not read: {', '.join(others) or 'nothing'}")
 
 
 def lines_of(path):
     """The lines of a file. Only \\n, \\r\\n and \\r end one: texts may hold U+2028 and its like."""
-    remedy = ELSEWHERE.get(Path(path).suffix)
+    remedy = ELSEWHERE.get(Path(str(path).removesuffix(".gz")).suffix)
     if remedy:
         raise UserError(f"{path} is no file of JSON lines; {remedy}")
     try:
@@ -83,10 +86,10 @@ def decode_row(line):
 
 
 def check_left_out(path, left_out, count, skip_bad):
-    """A UserError where more than FEW of a file's `count` rows were left out for one reason."""
+    """A UserError where more than FEW of so many rows or responses were left out for one reason."""
     for reason, bad in left_out.items():
         if bad > FEW * count and reason not in NOTED and not skip_bad:
-            raise UserError(f"{path}: {bad} of {count} rows are left out ({reason}); mend them, or "
+            raise UserError(f"{path}: {bad} of {count} are left out ({reason}); mend them, or "
                             "go on without them with --skip_bad=True")
 
 
@@ -95,16 +98,18 @@ def check_left_out(path, left_out, count, skip_bad):
 def read_rows(parse, path, tokenizer, block_size, as_dialogue=False, skip_bad=False):
     """-> (items, a Row of each, how many were left out: bad rows, and those with a response that
     is longer than the context)"""
-    left_out = Counter()
-    items = list(read_items(path, parse, as_dialogue, left_out))
-    count = len(items) + sum(bad for reason, bad in left_out.items() if reason not in NOTED)
+    left_out, cut = Counter(), Counter()    # in reading, and in making tokens
+    items = list(read_items(path, parse, as_dialogue, left_out, skip_bad))
     if parse is parse_candidates:
-        items = [without_long(item, tokenizer, block_size, left_out) for item in items]
+        items = [without_long(item, tokenizer, block_size, cut) for item in items]
     texts = [(item, item.prompt, *item.responses) for item in items]
-    found = tokenise(texts, tokenizer, block_size, left_out)
+    found = tokenise(texts, tokenizer, block_size, cut)
+    left_out.update(cut)
     if not found:
         raise UserError(f"nothing is left of {path}; left out: {listed(left_out)}")
-    check_left_out(path, left_out, count, skip_bad)
+    check_left_out(path, cut, len(items), skip_bad)
+    count = len(items) + sum(bad for reason, bad in left_out.items() if reason not in NOTED
+                             and reason not in cut)
     print(f"{path}: {len(found)} rows; left out: {listed(left_out)}")
     rows = [Row(np.array(prompt), tuple(map(np.array, responses)))
             for _, (prompt, *responses) in found]
@@ -116,7 +121,7 @@ def without_long(item, tokenizer, block_size, left_out):
     fits = [len(tokenizer.encode_reply(text)) < block_size for text in item.responses]
     if all(fits) or not any(fits):
         return item
-    left_out[NOTED[2]] += fits.count(False)
+    left_out[LONG_CANDIDATE] += fits.count(False)
     responses, correct, answers = (
         tuple(compress(column, fits)) for column in (item.responses, item.correct, item.answers))
     return item._replace(responses=responses, correct=correct, answers=answers)

@@ -14,7 +14,7 @@ import re
 from itertools import accumulate, product
 from typing import NamedTuple
 
-from data.dataset import NOTED
+from data.dataset import REPEATED, SOME_ANSWERS
 from data.tokenizer import SPEAKER
 
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -26,6 +26,7 @@ KEYS = {*PROMPTS, "input", "system", "history", "chosen", "rejected", "responses
 MARKERS = (TURN, "<|im_start|>assistant\n", "<|end_header_id|>\n\n", "<|assistant|>\n", "[/INST]",
            "### Response:\n")
 CONVERSATION = ("context", "conversation", "conversations", "dialog", "dialogue", "tools", "turns")
+GREETING = 20               # letters of a prompt that a response may begin with by chance
 BLANK = 100_000             # white spaces in a row: more than tiktoken survives
 
 
@@ -89,7 +90,7 @@ def parse_candidates(row, as_dialogue=False):
     answers = [name_of(one, "answer").strip() for one in responses]
     return [Item(prompt, tuple(texts), tuple(map(float, correct)),
                  tuple(answers) if all(answers) else (),
-                 note=NOTED[3] if any(answers) and not all(answers) else "")]
+                 note=SOME_ANSWERS if any(answers) and not all(answers) else "")]
 
 
 def parse_steps(row, as_dialogue=False):
@@ -113,10 +114,12 @@ def prompt_of(row):
     """The prompt of a row, text or messages, whatever it is called, with the system message and the
     turns before it; None where there is none."""
     for key, value in row.items():
-        if key not in KEYS and (key in CONVERSATION or is_list_of(dict, value)
-                                and any("role" in one or "from" in one for one in value)):
+        turns = is_list_of(dict, value) and any("role" in one or "from" in one for one in value)
+        named = key in CONVERSATION and value and not is_number(value)
+        if key not in KEYS and (turns or named):
             raise BadRow(f"{key!r} looks like a part of the conversation, and is not read")
-    names = [name for name in PROMPTS if row.get(name)]
+    names = [name for name in PROMPTS if row.get(name)      # ultrafeedback's messages are chosen
+             and (name != "messages" or row[name] != row.get("chosen"))]
     if len(names) > 1:
         raise BadRow(f"more than one prompt ({', '.join(names)})")
     prompt = row.get(names[0]) if names else row.get("prompt")
@@ -164,9 +167,9 @@ def split_prompt(prompt, chosen, rejected):
     if prompt is None:
         cut = shared(chosen, rejected)
         return chosen[:cut], chosen[cut:], rejected[cut:], ""
-    if isinstance(prompt, str) and prompt.strip() and all(
+    if isinstance(prompt, str) and len(prompt) > GREETING and all(
             text.startswith(prompt) and text != prompt for text in (chosen, rejected)):
-        return prompt, chosen[len(prompt):], rejected[len(prompt):], NOTED[1]
+        return prompt, chosen[len(prompt):], rejected[len(prompt):], REPEATED
     return prompt, chosen, rejected, ""
 
 
@@ -195,6 +198,8 @@ def dialogue(as_dialogue, prompt, *responses):
         if message.get("role") not in tuple(ROLES):     # a role may be a list
             raise BadRow(f"a message without a known 'role' ({', '.join(ROLES)})")
         content = content_of(message)
+        if message["role"] == "system" and not content:
+            continue
         check_text("a message's content", content)
         if SPEAKER.search(content):
             raise BadRow("a message in which another turn of a dialogue begins")
@@ -238,7 +243,7 @@ def check_text(name, text):
         raise BadRow(f"{name} is {what}")
     if not text.strip():
         raise BadRow(f"{name} is empty")
-    if len(text) > BLANK and re.search(rf"\s{{{BLANK}}}", text):
+    if len(text) > BLANK and max(map(len, re.findall(r"\s+", text)), default=0) >= BLANK:
         raise BadRow(f"{name} has {BLANK} white spaces in a row")
 
 

@@ -10,6 +10,7 @@ in the training part; its candidates are kept as text too, for bon.py: data/NAME
 Benchmarks are only copied, to data/NAME/test.jsonl, for evaluate.py --as_dialogue=True.
 """
 import json
+import math
 import re
 import shutil
 import sys
@@ -18,14 +19,14 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError, choose, in_range, run_script, show
 from data import tokenizer as tokenizers
-from data.dataset import NOTED, dataset_folder, listed, write_dataset
+from data.dataset import dataset_folder, listed, write_dataset
 from data.files import write_text
 from data.jsonl import check_left_out, lines_of, read_items
 from data.pairs import TURN, BadRow, is_list_of, is_number, parse_candidates, parse_pairs
@@ -41,7 +42,7 @@ class PrepareConfig:
     val_share: float = 0.0      # share of prompts held out; 0: the source's own, 0.1 of a file
     every: int = 0              # keep every so many of the rows; 0: the source's own, 1 of a file
     as_dialogue: bool = False   # write plain prompts as one Human turn
-    threshold: str = ""         # labels from this number on are correct, where there are several
+    threshold: float = -math.inf    # labels from here on are correct; -inf: of two, the larger
     skip_bad: bool = False      # go on where much of a file is left out
 
 
@@ -117,23 +118,20 @@ def download(source, path):
 
 
 def items_of(config, source, path, left_out=None):
-    """Yield a file's items: of the rows that the source keeps, every config.every-th."""
-    kept = count()
-
+    """Yield the items of every config.every-th row of a file."""
     def parse(row, as_dialogue):
-        if next(kept) % config.every:
-            return []
-        labelled = "responses" in row or "completion" in row
+        labelled = "chosen" not in row and ("responses" in row or "completion" in row)
         return (parse_candidates if labelled else parse_pairs)(row, as_dialogue)
 
-    return read_items(path, parse, config.as_dialogue, left_out, source.convert)
+    return read_items(path, parse, config.as_dialogue, left_out, config.skip_bad, source.convert,
+                      config.every)
 
 
 def labels_of(config, source, path):
     """What stands for incorrect and for correct: {number: 0 or 1}; every other one is left out."""
     values = sorted({one for item in items_of(config, source, path) for one in item.correct})
-    if config.threshold:
-        return {value: int(value >= float(config.threshold)) for value in values}
+    if config.threshold > -math.inf:
+        return {value: int(value >= config.threshold) for value in values}
     if len(values) > 2 and {0.0, 1.0} < set(values) and source.convert is not dict:
         values = [0.0, 1.0]     # of a published collection the others are known to be neither
     if len(values) > 2:
@@ -148,16 +146,15 @@ def labels_of(config, source, path):
 class Splitter:
     """Items -> rows of (split, prompt, first, second), and what was noticed on the way."""
 
-    def __init__(self, kind, share, labels, left_out):
-        self.kind, self.share, self.labels, self.left_out = kind, share, labels, left_out
+    def __init__(self, kind, share, labels):
+        self.kind, self.share, self.labels = kind, share, labels
         self.held_out = []      # the candidates of held-out prompts, as lines
-        self.items, self.noticed, self.sides = 0, Counter(), Counter()
+        self.left_out, self.noticed, self.sides = Counter(), Counter(), Counter()
         self.seen = set()       # hashes of rows
 
     def rows(self, items):
         """A labelled response stands alone on its label's side."""
         for item in items:
-            self.items += 1
             number = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass")) % 10000
             split = "val" if number < self.share * 10000 else "train"   # by the prompt alone
             if bool(item.correct) != (self.kind == "labels"):
@@ -182,17 +179,20 @@ class Splitter:
         self.sides[split, first is None] += 1
         return split, prompt, first, second
 
-    def check(self, config, path, folder):
-        """A UserError where too much was left out, or all labels of a split are of one kind."""
-        count = self.items * config.every + sum(bad for reason, bad in self.left_out.items()
-                                 if reason not in NOTED)
+    def finish(self, config, path, bad, folder):
+        """A UserError where too much was left out, or all labels of a split are of one kind; else
+        write the held-out candidates beside the tokens. bad: the rows that could not be read."""
+        count = self.sides.total() + self.left_out[EMPTY]
         check_left_out(path, self.left_out, count, config.skip_bad)
+        self.left_out += bad
         for split in ("train", "val"):
             if self.kind == "labels" and not all(self.sides[split, side] for side in (False, True)):
                 raise UserError(f"{path}: in {split} all labels are of one kind; nothing can be "
                                 "learned, or measured, of that")
         if +self.noticed:
             print(f"noticed in {path}: {listed(+self.noticed)}")
+        if self.held_out:
+            (folder / "candidates.jsonl").write_text("".join(self.held_out), encoding="utf-8")
 
 
 def line_of(item):
@@ -203,23 +203,24 @@ def line_of(item):
 
 
 def prepare(config, source, path):
-    left_out, folder = Counter(), dataset_folder(config.name)
-    items = items_of(config, source, path, left_out)
+    bad = Counter()
+    items = items_of(config, source, path, bad)
     first = next(items)
     kind, share = "labels" if first.correct else "pairs", config.val_share
+    if config.threshold > -math.inf and not first.correct:
+        raise UserError("--threshold is for labelled responses, and this file holds pairs")
     labels = labels_of(config, source, path) if first.correct else {}
     every = config.every * (1 + Path(path).stat().st_size // 10 ** 8)   # words must fit in memory
     again = items_of(replace(config, every=every), source, path)
-    texts = (text for split, *texts in Splitter(kind, share, labels, Counter()).rows(again)
+    texts = (text for split, *texts in Splitter(kind, share, labels).rows(again)
              if split == "train" for text in texts if text)
     tokenizer = tokenizers.make(config.tokenizer, texts)    # gpt2 reads none
-    splitter = Splitter(kind, share, labels, left_out)
-    write_dataset(folder, splitter.rows(chain([first], items)), ("train", "val"), tokenizer,
-                  config.block_size, kind, left_out, partial(splitter.check, config, path),
+    splitter = Splitter(kind, share, labels)
+    write_dataset(dataset_folder(config.name), splitter.rows(chain([first], items)),
+                  ("train", "val"), tokenizer, config.block_size, kind, splitter.left_out,
+                  partial(splitter.finish, config, path, bad),
                   source=config.source or config.input, val_share=share, every=config.every,
                   noticed=splitter.noticed)
-    if splitter.held_out:
-        write_text(folder / "candidates.jsonl", "".join(splitter.held_out))
 
 
 def local_copy(config, folder):
@@ -251,7 +252,7 @@ def main(config):
             download(source, path)
         if not source.benchmark:
             return prepare(config, source, path)
-        pairs = sum(1 for _ in read_items(path, parse_pairs, True, Counter()))
+        pairs = sum(1 for _ in read_items(path, parse_pairs, True, Counter(), True))
         target = dataset_folder(config.name) / "test.jsonl"
         write_text(target, "\n".join(lines_of(path)))
         print(f"wrote {target}: {pairs} pairs")

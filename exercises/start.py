@@ -11,6 +11,7 @@ from tasks import EXPERIMENT, ROOT, TASKS, blank
 COPIED = ("*.py", "*.md", "requirements.txt", "pyproject.toml", "data/*.py", "data/*.md",
           "data/lengths.json", "data/toy/*.py", "lab/*.py", "lab/*.css", "tests/**/*",
           "exercises/*.md", "exercises/*.py")
+NOT_COPIED = (EXPERIMENT, "exercises/TEACHER.md", "tests/test_exercises.py")    # with the answers
 
 
 def start(folder):
@@ -19,7 +20,7 @@ def start(folder):
         sys.exit(f"error: {folder} is not empty")
     for path in {path for pattern in COPIED for path in ROOT.glob(pattern) if path.is_file()}:
         target = folder / path.relative_to(ROOT)
-        if "__pycache__" not in target.parts and str(target.relative_to(folder)) != EXPERIMENT:
+        if "__pycache__" not in path.parts and path.relative_to(ROOT).as_posix() not in NOT_COPIED:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     for name in {name for task in TASKS.values() for name, _ in task.functions}:

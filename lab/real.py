@@ -96,7 +96,7 @@ class Measures:
     """The rows that every run is measured on, with the states below the trained blocks."""
 
     def __init__(self, config):
-        folder, dataset = Path(f"out/real/{config.name}/pretrained"), open_dataset(config.name)
+        folder, dataset = folder_of(config, "pretrained"), open_dataset(config.name)
         trunk = frozen_language_model(load_checkpoint(folder, "generator"), folder).model
         trunk.to(pick_device("auto"))
         trunk.freeze(len(trunk.layers) - UNFROZEN)
@@ -173,9 +173,14 @@ class Measures:
 
 # Runs --------------------------------------------------------------------------------------------
 
+def folder_of(config, name):
+    model = name if name == "scratch" else Path(config.init_from).name
+    return Path(f"out/real/{config.name}/{model}")
+
+
 def make_generator(config, name):
     """One of the two models to start from, where it is not there yet."""
-    folder = Path(f"out/real/{config.name}/{name}")
+    folder = folder_of(config, name)
     how = SCRATCH if name == "scratch" else {"init_from": config.init_from}
     if not (folder / "p.json").exists():
         run_other("generator.py", dataset=config.name, out_dir=folder, steps=0,
@@ -186,16 +191,18 @@ def make_generator(config, name):
 def settings_of(config, arm):
     """What of an arm's training is not its name."""
     whole = arm.generator == "scratch"
-    return TRAINING | {"unfrozen": 0 if whole else UNFROZEN, "dtype": config.dtype}
+    return TRAINING | {"unfrozen": 0 if whole else UNFROZEN, "dtype": config.dtype,
+                       "generator": str(folder_of(config, arm.generator))}
 
 
 def run(config, measures, job):
     """Train and measure one arm with one seed; its checkpoint is not kept.  -> what was measured"""
     arm, seed = job
     folder = Path(f"out/real/{config.name}/{arm.name}-seed{seed}")
-    how, generator = settings_of(config, arm), make_generator(config, arm.generator)
+    how = settings_of(config, arm)
+    make_generator(config, arm.generator)
     run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
-              eval_interval=10**6, **arm._asdict() | how | {"generator": generator})
+              eval_interval=10**6, **arm._asdict() | how)
     with autocast(pick_device("auto"), config.dtype):
         numbers = measures.of(folder, not how["unfrozen"])
     (folder / "ckpt.pt").unlink()
@@ -266,7 +273,8 @@ def main(config):
         torch.set_num_threads(1)
         with ThreadPool(config.workers) as pool:
             jobs = to_do(config, runs)
-            for one in tqdm(pool.imap(partial(run, config, measures), jobs), "runs", len(jobs)):
+            found = pool.imap_unordered(partial(run, config, measures), jobs)
+            for one in tqdm(found, "runs", len(jobs)):
                 runs = [*runs, one]
                 write_records(RESULTS, runs)
     print("\n".join(tables(runs)))

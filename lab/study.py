@@ -79,6 +79,7 @@ ACCURACY = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
             "swapped": ("swapped", "accuracy"), "longer": ("longer", "accuracy"),
             "corr(z,V)": ("val", "correlation"), "calib.": ("val", "calibration_error"),
             "leak": ("val", "credit_leak")}
+JUDGES = ("exact value", "no judge")    # two more rows of what is asked of search
 SEARCH = ("best of 16", "best of 64", "fewer", *HALVE)
 BRIEF = ("val", "swapped", "corr(z,V)", "best of 64", "38%")
 PAIRS_FROM = {"": "sampled", "swapped": "swapped"}     # dpo.py's setting: the name of its column
@@ -89,6 +90,7 @@ TABLES = {
                          *POLICIES[2:]], BRIEF),
     "Which regularizer?": ("sum", [arm for arm in FACTORIAL if arm.readout == "last"], ACCURACY),
     "Which p?": ("sum", [BASE, *CONTROLS], ACCURACY),
+    "Which p? An earlier study's draws, 200 to 209": ("earlier", [BASE, *CONTROLS], ACCURACY),
     "Read-out and regularizer": ("sum", FACTORIAL, ACCURACY),
     "Search": ("sum", FACTORIAL, SEARCH),
     "Which p, in search?": ("sum", [BASE, *CONTROLS], SEARCH),
@@ -120,6 +122,7 @@ def search_measures(rewards, worth):
 def run_arm(draw, arm, names, rows, worth, with_policies):
     """Train one arm on a draw and measure it; names: settings of data and generator."""
     folder = f"{names['generator'].removesuffix('generator')}{arm.name}"
+    shutil.rmtree(folder, ignore_errors=True)       # of a study that was stopped
     run_other("train.py", quiet=True, out_dir=folder, seed=draw, eval_interval=80, **names,
               **arm._asdict())
     splits = read_json(f"{folder}/eval.json", "lab/study.py")["splits"]
@@ -152,7 +155,7 @@ def run_draw(job):
     worth = gold_of(rows)
     chance = float(np.mean([np.mean(some) for some in worth]))
     exact = search_measures(exact_values(dataset, rows), worth)
-    found = {"exact value": exact, "no judge": dict.fromkeys(SEARCH, chance)}
+    found = dict(zip(JUDGES, (exact, dict.fromkeys(SEARCH, chance))))
     for arm in arms:
         with_policies = world == "sum" and arm in POLICIES and draw in POLICY_DRAWS
         found[arm.name] = run_arm(draw, arm, names, rows, worth, with_policies)
@@ -194,7 +197,8 @@ def sign_flip_p(differences):
 def number_of_looks():
     """How many differences the tables show."""
     return len({(world, arm, column) for world, arms, columns in TABLES.values()
-                for arm in arms if arm != BASE for column in columns})
+                for arm in [*arms, *JUDGES * ("38%" in columns)] if arm != BASE
+                for column in columns})
 
 
 def draws_of(known, world, arm, column):
@@ -228,7 +232,7 @@ def table(runs, world, arms, columns):
              "|" + " --- |" * (4 + len(columns))]
     rows = [(arm.name, f"`{arm.regularizer}`", arm.probs if arm.regularizer in USES_P else "",
              arm.readout) for arm in arms]
-    rows += [(name, name, "", "") for name in ("exact value", "no judge") if "38%" in columns]
+    rows += [(name, name, "", "") for name in JUDGES if "38%" in columns]
     for name, *about in rows:
         count = max(len(draws_of(known, world, name, column)) for column in columns)
         if count >= len(FEW_DRAWS):

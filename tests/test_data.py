@@ -95,7 +95,7 @@ BAD_ROWS = [    # what a good row is changed by, and the reason that is given
 def test_a_bad_row_is_reported_counted_and_left_out(tmp_path, capsys, parse_row, changes, reason):
     good, left_out = GOOD_ROWS[parse_row], Counter()
     path = write(tmp_path / "x.jsonl", good, *[good | changes] * 9)
-    assert list(read_items(path, parse_row, left_out=left_out)) == parse_row(good)
+    assert list(read_items(path, parse_row, left_out=left_out, skip_bad=True)) == parse_row(good)
     printed = capsys.readouterr().out
     assert reason in printed and printed.count(", row ") == 5 and list(left_out.values()) == [9]
     assert list(read_items(path, parse_row)) == parse_row(good) and not capsys.readouterr().out
@@ -156,8 +156,21 @@ def test_a_prompt_that_its_responses_repeat_is_taken_off_and_counted():
     assert pair == parse_pairs(said)[0]
     assert parse_pairs({"prompt": "Hi?", "chosen": said["chosen"][1:],
                         "rejected": said["rejected"][1:]})[0] == pair
-    pair, = parse_pairs({"prompt": "Hi?", "chosen": "Hi? yes", "rejected": "Hi? no"})
-    assert pair[:2] == ("Hi?", (" yes", " no")) and "repeat" in pair.note
+    prompt = "What is the capital of France?"
+    pair, = parse_pairs({"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"})
+    assert pair[:2] == (prompt, (" yes", " no")) and "repeat" in pair.note
+    pair, = parse_pairs({"prompt": "Hi", "chosen": "High five!", "rejected": "Hi."})    # by chance
+    assert pair[1] == ("High five!", "Hi.")
+    both = parse_pairs({"prompt": "Hi?", "messages": said["chosen"], **said})
+    assert both == parse_pairs(said)
+
+
+def test_empty_columns_and_empty_system_messages_are_no_conversation():
+    row = {"prompt": messages("Hi?"), "chosen": "yes", "rejected": "no"}
+    plain = parse_pairs(row)
+    for more in ({"tools": None}, {"context": ""}, {"turns": 1}, {"history": None}, {"system": ""},
+                 {"prompt": [{"role": "system", "content": ""}, *messages("Hi?")]}):
+        assert parse_pairs(row | more) == plain
 
 
 def test_what_was_read_is_said_and_much_that_is_left_out_is_an_error(here, capsys):
@@ -168,7 +181,7 @@ def test_what_was_read_is_said_and_much_that_is_left_out_is_an_error(here, capsy
     assert "x.jsonl: read prompt, chosen, rejected; not read: score" in said
     assert "1 (rows that stand there once more), 1 (rows whose opposite stands there too)" in said
     bad = [{"prompt": "Q"}] * 4
-    with pytest.raises(UserError, match="4 of 44 rows are left out .chosen is missing.*--skip_bad"):
+    with pytest.raises(UserError, match="4 of 44 are left out .chosen is missing.*--skip_bad"):
         run(*rows, *bad, name="other")
     assert not Path("data/other").exists()
     run(*rows, *bad, name="other", skip_bad=True)
@@ -188,6 +201,8 @@ def test_labels_are_mapped_or_refused(here, capsys):
         sides = open_dataset(name).split("train").lengths[:, 1:] > 0
         assert sides[:, 0].mean() == pytest.approx(share, abs=0.1)
         assert (sides.sum(1) == 1).all()
+    with pytest.raises(UserError, match="this file holds pairs"):
+        run(*[dict(GOOD, prompt=f"Q{i}?") for i in range(40)], name="pairs", threshold=3)
     with pytest.raises(UserError, match="in train all labels are of one kind"):
         run(*labelled([1]), name="ones")
 
@@ -251,12 +266,12 @@ def test_marks_and_joiners_belong_to_words_in_training_and_encoding_alike():
 
 def test_rows_of_a_file_have_cut_prompts_and_what_does_not_fit_is_counted(tmp_path, bpe, capsys):
     path = write(tmp_path / "x.jsonl", GOOD, GOOD | {"chosen": "the cat " * 50}, {"prompt": "Q"})
-    with pytest.raises(UserError, match="1 of 3 rows are left out .rejected|chosen"):
+    with pytest.raises(UserError, match="1 of 3 are left out"):
         read_pair_rows(path, bpe, 9)
     (_,), _, left_out = read_pair_rows(path, bpe, 9, skip_bad=True)
     assert left_out == 2 and "1 (a response longer than 8 tokens)" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing is left of .*longer than 2"):
-        read_pair_rows(path, bpe, 3)
+        read_pair_rows(path, bpe, 3, skip_bad=True)
     texts = {"prompt": "the cat", "responses": [
         {"text": " the" * count, "correct": count} for count in (3, 0)]}
     _, (row,), _ = read_candidate_rows(write(path, texts), bpe, 5)
@@ -430,10 +445,10 @@ def test_hh_rlhf_and_unified_feedback_rows_are_two_dialogues_with_one_prompt(her
     rows = [{"conv_A": messages(f"q {i}", "good"), "conv_B": messages(f"q {i}", "bad"),
              "conv_A_rating": float(i % 3), "conv_B_rating": 1.0} for i in range(60)]
     bad = [{"conv_A": []}, rows[0] | {"conv_A_rating": float("nan")}]
-    train, val, dataset = run(*rows, *bad, source="unified_feedback", every=2)
-    assert sorted(train + val) == sorted(       # equal ratings are dropped first
+    train, val, dataset = run(*rows, *bad, source="unified_feedback", every=1, skip_bad=True)
+    assert sorted(train + val) == sorted(       # equal ratings are dropped
         (text.format(i), " good", " bad") if i % 3 else (text.format(i), " bad", " good")
-        for i in [i for i in range(60) if i % 3 != 1][::2])
+        for i in range(60) if i % 3 != 1)
     assert dataset.about["left_out"] == {"conv_A_rating or conv_B_rating is no number": 2}
 
 

@@ -119,7 +119,7 @@ def test_win_rates_are_over_all_meetings_of_a_prompt_and_mirror():
 
 
 def test_bad_input_is_one_line(inside):
-    for settings, message in (({"max_new_tokens": 1}, "no pair; raise .*--max_new_tokens=1"),
+    for settings, message in (({"max_new_tokens": 1}, "no pair; .*--max_new_tokens than 1"),
                               ({"samples": 1}, "--samples must be at least 2"),
                               ({"beta": 0}, "--beta must be above 0"),
                               ({"resume": True}, "no checkpoint at out/dpo-bad")):

@@ -71,6 +71,8 @@ WRONG = {
         ", links", "")),
     "in place": (7, "regularizer", f"return {QUIET}", f"probs[:] = 0.5\n    return {QUIET}"),
     "a constant": (7, "regularizer", QUIET, "rewards.sum() * 0 + 1"),
+    "batch-mates": (7, "regularizer", QUIET,
+                    QUIET.replace("rewards[:, :-1]", "rewards[mask].mean()")),
     "without p": (7, "regularizer", QUIET, QUIET.replace("p * ", "")),
 }
 
