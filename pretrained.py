@@ -117,8 +117,8 @@ def read_folder(name, tokenizer=None, block_size=0):
             raise UserError(f"{folder} knows {config.vocab_size} tokens, its tokenizer.json "
                             f"{tokenizer.vocab_size}")
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-        for name in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
-            weights[name] = weights[name][:tokenizer.vocab_size]
+        for key in {"model.embed_tokens.weight", "lm_head.weight"} & weights.keys():
+            weights[key] = weights[key][:tokenizer.vocab_size]
     try:
         with torch.device("meta"):      # without memory: config.json may ask for any
             load_weights(LanguageModel(config), weights, folder, assign=True)

@@ -180,7 +180,7 @@ def task_6(bon, dpo):
 
 
 def task_7(module):
-    rewards, probs, mask, lengths = batch(dirty=False)
+    rewards, probs, mask, _ = batch(dirty=False)
     dirty, dirty_probs, _, _ = batch()
     found, scale = module.quiet(rewards, probs, mask)
     expect(found.shape == () and torch.isfinite(found), "the penalty is one finite number")

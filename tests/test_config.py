@@ -94,7 +94,7 @@ def test_a_signal_ends_a_script_with_one_line_and_its_own_status(handlers, capsy
     monkeypatch.setattr(sys, "stdout", open("/dev/null", "w"))
     for number in handlers:
         with pytest.raises(SystemExit) as stop:
-            run_script(Example, lambda settings: os.kill(os.getpid(), number))
+            run_script(Example, lambda settings, number=number: os.kill(os.getpid(), number))
         assert stop.value.code == 128 + number
         assert re.fullmatch(rf"stopped by {signal.Signals(number).name}; .*\n",
                             capsys.readouterr().err)

@@ -320,6 +320,25 @@ def test_damaged_models_of_strangers_are_one_line_each(tmp_path, kind):
     fuzz(folder / "tokenizer.json", lambda: read_tokenizer(str(folder)), 60, 10, as_json=True)
 
 
+@pytest.mark.parametrize("tensors, reason", [
+    ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])}, "inside another tensor"),
+    ({"a": ("F32", [2], [-8, 0])}, "outside the file"), ({"a": ("F32", [2], [8, 0])}, "outside"),
+    ({"a": ("F32", [10 ** 12], [0, 8])}, "shape"), ({"a": ("F64", [1], [0, 8])}, "F64"),
+    ({"a": ("F32", [2], [0, 10 ** 15])}, "outside"), ({"a": ("F16", [4], [0, 8])}, "not finite")])
+def test_weights_that_overlap_exceed_the_file_or_are_no_numbers_are_refused(tmp_path, tensors,
+                                                                            reason):
+    names = ("dtype", "shape", "data_offsets")
+    header = json.dumps({name: dict(zip(names, about)) for name, about in tensors.items()}).encode()
+    path = tmp_path / "model.safetensors"
+    body = np.array([0.0, np.nan], np.float16).tobytes() * 2
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+    with pytest.raises(UserError, match=f"model.safetensors is missing, damaged .*{reason}"):
+        pretrained.read_safetensors(path)
+    path.write_bytes((2 ** 63 - 1).to_bytes(8, "little") + header + body)
+    with pytest.raises(UserError, match="is missing, damaged"):
+        pretrained.read_safetensors(path)
+
+
 PAIR = {"id": "a", "prompt": [{"role": "user", "content": "Hi?"}], "chosen": "a", "rejected": "b",
         "history": [["a", "b"]], "system": "s", "subset": "x", "meta": {"domain": "y"}}
 CANDIDATES = {"prompt": "Q", "responses": [{"text": "a", "correct": True, "answer": "1"},
