@@ -84,9 +84,9 @@ def points_lost(folder):
         sys.path.insert(0, str(EXERCISES))
         checks = importlib.import_module("checks")
         for task in tasks.TASKS:
-            for name, module in list(sys.modules.items()):      # each task has them anew
-                if str(ROOT) in (getattr(module, "__file__", "") or "") or str(folder) in (
-                        getattr(module, "__file__", "") or ""):
+            for name, module in list(sys.modules.items()):      # each task has the project's anew
+                file = getattr(module, "__file__", None) or ""
+                if file.startswith((str(ROOT), str(folder))) and "site-packages" not in file:
                     del sys.modules[name]
             sys.modules["tasks"] = tasks
             checks.main(task, folder / f"said-{task}")
