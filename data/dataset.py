@@ -6,7 +6,7 @@
 
 The first response is the chosen (or a correct) one, the second the rejected (or an incorrect) one;
 an empty side is no response. Whatever else is known of the tokens is an array of the same N, such
-as the generator's p. Arrays are mapped: a start reads no more than their headers and the lengths.
+as the generator's p. Arrays are mapped; a file is read once, when it is opened, for its digest.
 """
 import os
 from collections import Counter

@@ -151,7 +151,7 @@ class Tokenizer:
                 for i in map(int, tokens)]
 
     def to_dict(self):
-        return {"name": self.name, "fingerprint": self.fingerprint, **self.about}
+        return {"name": self.name, **self.about}
 
 
 def turns_of(text):
@@ -167,7 +167,7 @@ def turns_of(text):
 def from_dict(saved):
     """The tokenizer that to_dict described."""
     about = dict(saved)
-    name, _, vocabulary = (about.pop(key) for key in ("name", "fingerprint", "vocabulary"))
+    name, vocabulary = about.pop("name"), about.pop("vocabulary")
     lines = map(str.split, vocabulary.splitlines())
     ranks = {base64.b64decode(token): int(i) for token, i in lines}
     return Tokenizer(name, ranks, **about)
