@@ -13,8 +13,10 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +75,7 @@ WAYS = (("none",), ("icrm",), ("icrm", 0.1), ("icrm", 0.5, "uniform"), ("dense_b
         ("icrm_gap_bound",))
 ARMS = [Arm(readout, *way) for readout in ("last", "sum", "mean") for way in WAYS]
 ARMS.append(Arm(generator="scratch"))
+FIRST = [*ARMS[:6], Arm("sum"), Arm("mean"), Arm("sum", "icrm")]    # on which most depends
 # What is measured, and the highest digit that a case has in lab/real.jsonl.
 MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1,
             "first error": 1, "none before it": 1, "largest drop": 1}
@@ -212,9 +215,8 @@ def run(config, measures, job):
 def to_do(config, runs):
     """The (arm, seed) that have no run yet; one of other settings is refused."""
     known = {(one["arm"], one["seed"]): one["how"] for one in runs if one["pairs"] == config.name}
-    jobs = [(arm, seed) for readout in ("last", "sum", "mean") for seed in SEEDS
-            for arm in ARMS if arm.readout == readout and arm.generator == "pretrained"]
-    jobs.append((ARMS[-1], SEEDS[0]))
+    arms = [arm for arm in dict.fromkeys([*FIRST, *ARMS]) if arm.generator == "pretrained"]
+    jobs = [*product(arms, SEEDS), (ARMS[-1], SEEDS[0])]
     for arm, seed in jobs:
         if known.get((arm.name, seed), settings_of(config, arm)) != settings_of(config, arm):
             raise UserError(f"{RESULTS} has {arm.name} with other settings; take it out there")
@@ -223,11 +225,16 @@ def to_do(config, runs):
 
 # Tables ------------------------------------------------------------------------------------------
 
+def shares(runs, arm, name):
+    """What was measured of an arm with each seed, from 0 to 1 for each case.  -> (seeds, cases)"""
+    digits = [list(map(int, runs[arm, seed][name])) for seed in SEEDS if (arm, seed) in runs]
+    return np.array(digits) / MEASURES[name]
+
+
 def cell(runs, arm, base, name):
     """An arm's mean, and its difference to the base ± half a 95% interval over cases (pairs or
     prompts), the seeds' mean of each, ± over seeds."""
-    mine, its = (np.array([[int(digit) for digit in runs[one, seed][name]] for seed in SEEDS
-                           if (one, seed) in runs]) / MEASURES[name] for one in (arm, base))
+    mine, its = (shares(runs, one, name) for one in (arm, base))
     mean = f"{mine.mean():.3f}"
     if arm == base or mine.shape != its.shape:
         return mean
@@ -236,11 +243,21 @@ def cell(runs, arm, base, name):
     return f"{mean} ({difference:+.3f} ± {by_case:.3f} ± {by_seed:.3f})"
 
 
+def f1_cell(runs, arm):
+    """ProcessBench's F1, the harmonic mean of finding the first error and none before it: its mean
+    ± half a 95% interval over seeds."""
+    both = (shares(runs, arm, name).mean(1) for name in ("first error", "none before it"))
+    scores = list(map(harmonic_mean, zip(*both)))       # of each seed
+    if len(scores) < 2:
+        return f"{scores[0]:.3f}"
+    return "{:.3f} ± {:.3f}".format(*mean_and_half_width(scores))
+
+
 def table(found):
     """The lines of a Markdown table of the arms that have all their seeds (from scratch: one)."""
     runs = {(one["arm"], one["seed"]): one for one in found}
-    lines = ["| read-out | regularizer | λ | p | " + " | ".join(MEASURES) + " |",
-             "|" + " --- |" * (4 + len(MEASURES))]
+    lines = ["| " + " | ".join(["read-out", "regularizer", "λ", "p", *MEASURES, "F1"]) + " |",
+             "|" + " --- |" * (5 + len(MEASURES))]
     for arm in ARMS:
         seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
         if len(seeds) == len(SEEDS) or seeds and arm.generator == "scratch":
@@ -248,7 +265,7 @@ def table(found):
             how = [arm.readout, f"`{arm.regularizer}`", str(arm.reg_weight), arm.probs]
             how[2:] = ["", ""] if arm.regularizer == "none" else how[2:]
             how[1] += ", from random weights" * (arm.generator == "scratch")
-            lines.append("| " + " | ".join([*how, *cells]) + " |")
+            lines.append("| " + " | ".join([*how, *cells, f1_cell(runs, arm.name)]) + " |")
     return lines
 
 

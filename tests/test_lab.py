@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from statistics import harmonic_mean, stdev
 
 import numpy as np
 import pytest
@@ -157,6 +158,14 @@ def test_differences_on_real_labels_are_paired_by_case_and_by_seed(real):
     assert real.cell(runs, "icrm", "none", "RM-Bench") == (
         f"{mean:.3f} ({np.mean(cases):+.3f} ± {by_case:.3f} ± {by_seed:.3f})")
     assert "(" not in real.cell(runs, "none", "none", "RM-Bench")
+
+
+def test_f1_is_that_of_each_seed(real):
+    runs = {("none", seed): {"first error": first, "none before it": none}
+            for seed, first, none in ((0, "1000", "10"), (1, "1100", "11"), (2, "0000", "10"))}
+    scores = [harmonic_mean(pair) for pair in ((0.25, 0.5), (0.5, 1.0), (0.0, 0.5))]
+    half = 4.303 * stdev(scores) / math.sqrt(3)
+    assert real.f1_cell(runs, "none") == f"{np.mean(scores):.3f} ± {half:.3f}"
 
 
 def test_first_wrong_steps_are_found_by_a_threshold_chosen_on_the_other_prompts(real):
