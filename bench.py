@@ -17,11 +17,11 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+from config import HERE, autocast, choose, in_range, pick_device, run_script, show
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import HERE, autocast, choose, in_range, pick_device, run_script, show
 from data.rows import Row, make_batch, make_targets
 from model import LanguageModel, ModelConfig
 from train import (REGULARIZERS, RewardModel, bradley_terry, forward, make_optimizer, normalised,

@@ -17,11 +17,11 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+from config import UserError, in_range, run_script, show
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError, in_range, run_script, show
 from data.dataset import open_dataset
 from data.files import write_json
 from data.jsonl import read_candidate_rows

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # read when torch is loaded: threads that
+import torch                                            # spin make a busy machine ten times slower
 
 HERE = Path(__file__).resolve().parent
 TINY = 1e-9     # as good as 0 for a setting that must not be 0

@@ -14,12 +14,12 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import TINY, UserError, autocast, check_finite, choose, in_range, run_script, show
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import TINY, UserError, autocast, check_finite, choose, in_range, run_script, show
 from data.dataset import open_dataset
 from data.files import Run, fingerprint, write_json
 from data.rows import Row, batch_of, make_batch

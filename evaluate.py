@@ -13,13 +13,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import UserError, pick_device, run_script, show
 import numpy as np
 import torch
 
 from benchmarks import (best_threshold, compare_with_truth, first_error_scores, print_benchmarks,
                         print_lines, reliability, rewardbench_sections, rm_bench, share_right,
                         text_of)
-from config import UserError, pick_device, run_script, show
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_dataset
 from data.files import load_checkpoint, read_json, write_json

@@ -12,11 +12,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import TINY, UserError, autocast, check_finite, in_range, pick_device, run_script, show
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import TINY, UserError, autocast, check_finite, in_range, pick_device, run_script, show
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_array, open_dataset, write_array
 from data.files import Run, file_digest, load_checkpoint, write_json

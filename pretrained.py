@@ -11,10 +11,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import UserError, run_script, show
 import numpy as np
 import torch
 
-from config import UserError, run_script, show
 from data.files import load_checkpoint, load_json, write_atomically, write_text
 from data.hub import find_folder
 from data.tokenizer import from_dict

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import east_asian_width
 
+from config import HERE, UserError, in_range, run_script, show
 import numpy as np
 
 from benchmarks import sigmoid
 from bon import (BonConfig, compare_ways, curve, exact_values, obtain_candidates,
                  open_generator)
-from config import HERE, UserError, in_range, run_script, show
 from data.dataset import open_dataset
 from data.files import write_text
 from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,

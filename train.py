@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from config import (HERE, UserError, autocast, check_finite, choose, in_range, pick_device,
+                    run_other, run_script, show)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import (HERE, UserError, autocast, check_finite, choose, in_range, pick_device,
-                    run_other, run_script, show)
 from data.dataset import open_dataset
 from data.files import Run, fingerprint, load_checkpoint, write_json
 from data.frozen import store_states

@@ -19,15 +19,14 @@ from pathlib import Path
 from statistics import harmonic_mean
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import HERE, UserError, autocast, pick_device, run_other, run_script, show
 import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from benchmarks import best_threshold, first_below, mean_and_half_width
 from bon import halve
-from config import UserError, autocast, pick_device, run_other, run_script, show
 from data.dataset import open_array, open_dataset, write_array
 from data.files import fingerprint, load_checkpoint, read_records, write_records
 from data.frozen import states_of, store_states
@@ -36,7 +35,7 @@ from data.rows import Row
 from evaluate import load_reward_model, score
 from model import frozen_language_model
 
-RESULTS = ROOT / "lab" / "real.jsonl"
+RESULTS = HERE / "lab" / "real.jsonl"
 SEEDS = (0, 1, 2)
 CANDIDATES = 150        # of the prompts with candidates, the first so many
 HALVE = (20, 40)        # response tokens after which half of the candidates are dropped

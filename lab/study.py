@@ -18,15 +18,15 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import HERE, in_range, run_other, run_script, show
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import mean_and_half_width
 from bon import (BonConfig, best_of_n, exact_values, halve, obtain_candidates, open_generator,
                  same_tokens)
-from config import HERE, in_range, run_other, run_script, show
 from data.dataset import open_dataset
 from data.files import read_json, read_records, write_records, write_text
 from evaluate import load_reward_model, prefix_rewards

@@ -111,6 +111,18 @@ def test_size_and_rooms():
     assert len(top_level(imports)) <= 37, sorted(top_level(imports))
 
 
+def test_scripts_say_how_threads_wait_before_torch_is_loaded():
+    """config.py sets it, and torch reads it when it is loaded."""
+    scripts = [path for path in SOURCES if "run_script(" in path.read_text(encoding="utf-8")]
+    for path in scripts:
+        nodes = ast.parse(path.read_text(encoding="utf-8")).body
+        names = [name for node in nodes for name in imported(node)]
+        others = {"torch", "data", "evaluate", "generator", "model", "train", "bon"} & set(names)
+        if path.parts[-2] != "tests" and path.stem != "config" and others:
+            assert names.index("config") < min(map(names.index, others)), path
+    assert len(scripts) > 10
+
+
 def imported(node):
     if isinstance(node, ast.ImportFrom) and node.module:
         return [node.module.split(".")[0]]
