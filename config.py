@@ -68,8 +68,8 @@ def run_script(config_class, main):
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        name = signal.Signals(stopped.args[0]).name
-        print(f"stopped by {name}; a training run goes on with --resume=True", file=sys.stderr)
+        resume = "; it goes on with --resume=True" * hasattr(config_class, "resume")
+        print(f"stopped by {signal.Signals(stopped.args[0]).name}{resume}", file=sys.stderr)
         sys.exit(128 + stopped.args[0])
 
 
@@ -103,7 +103,8 @@ def parse(config_class, arguments):
             sys.exit(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            raise UserError(f"cannot read {argument!r}; write --key=value (--help lists them)")
+            wanted = f"{argument}=VALUE" if argument.startswith("--") else "--key=value"
+            raise UserError(f"cannot read {argument!r}; write {wanted} (--help lists them)")
         if key not in kinds:
             raise UserError(f"unknown setting --{key}; did you mean --{nearest(key, kinds)}? "
                             "(or see --help)")

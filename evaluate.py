@@ -257,7 +257,7 @@ def print_table(results):
 
 def compare_runs(folders):
     """Print runs, one column each, differences to the first in brackets; -> {folder: eval.json}."""
-    runs = {folder: read_json(Path(folder) / "eval.json", "train.py") for folder in folders}
+    runs = {one: read_json(Path(one) / "eval.json", "train.py [--resume=True]") for one in folders}
     datasets = sorted({run["settings"]["dataset"] for run in runs.values()})
     if len(datasets) > 1:
         raise UserError(f"runs on different datasets are not compared: {', '.join(datasets)}")
@@ -267,9 +267,9 @@ def compare_runs(folders):
         values = [run["splits"].get(split, {}).get(key) for run in runs.values()]
         if None not in values:
             differences = (f"{value:.3f} ({value - values[0]:+.3f})" for value in values[1:])
-            lines.append([f"{split} {key}", text_of(values[0]), *differences])
+            lines.append([f"{split} {COLUMNS[key]}", text_of(values[0]), *differences])
     print_lines(lines)
-    print("one draw each: draws differ more than methods do (lab/ has several)")
+    print("in brackets: less the first run. One draw each, and draws differ more than methods do")
     return runs
 
 

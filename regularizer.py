@@ -241,13 +241,13 @@ def enumerated_world(depth=5, vocabulary=3, seed=0):
 def show_gap_bound():
     probs, rewards = enumerated_world()
     print("1. The gap bound in a world of 3 tokens and 5 steps, every prefix enumerated.\n")
-    print("   step  links  largest |gap|  largest |gap| / (1 - p)  identity off by")
+    print("   step  links  largest |gap|  / (1 - p), at most 1  identity off by")
     for m, p in enumerate(probs):
         before, after = rewards[m][:, None], rewards[m + 1].view_as(p)      # (V^m, 1), (V^m, V)
         others = (p * after) @ (1 - torch.eye(3).double()) / (1 - p)        # E[r | another token]
         off = (before - after - (1 - p) * (others - after)).abs().max()
         gap = (before - after).abs()
-        print(f"{m:7d}{p.numel():7d}{gap.max():15.4f}{(gap / (1 - p)).max():25.4f}{off:17.0e}")
+        print(f"{m:7d}{p.numel():7d}{gap.max():15.4f}{(gap / (1 - p)).max():23.4f}{off:17.0e}")
 
 
 def show_response():

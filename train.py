@@ -7,7 +7,7 @@
 
 Makes the toy world and the generator where they are absent, trains the reward model from the
 generator's weights and evaluates it on every split; out come OUT_DIR/ckpt.pt, log.jsonl and
-eval.json. It trains whenever it is started: an earlier run is kept as OUT_DIR.previous.
+eval.json. It trains whenever it is started: the run before it is kept as OUT_DIR.previous.
 
 Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is
 lambda = 0, plain Bradley-Terry is that with --lm_weight=0. On responses labelled correct or not,
@@ -178,7 +178,7 @@ def freeze(trunk, config, dataset, team):
 def log(run, step, rate, terms, val):
     """Write and print one line of the log, with what a look at val found, if there was one."""
     record = {"step": step, "learning_rate": rate}
-    record |= {name: value.item() for name, value in terms.items()}
+    record |= {name: value.item() + 0.0 for name, value in terms.items()}   # -0.0 becomes 0.0
     check_finite(step, *record.values())
     found = val.get("val", {})
     record |= {f"val_{key}": found[key] for key in ("accuracy", "correlation") if key in found}

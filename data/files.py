@@ -164,7 +164,7 @@ def load_checkpoint(path, *kinds):
     'reward model' or 'policy'."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}; name the --out_dir of a finished run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         whole = checkpoint.pop("checksum", None) == fingerprint(EDITION, checkpoint)
@@ -240,7 +240,7 @@ class Run:
             if self.holds_run(previous):
                 shutil.rmtree(previous)
             self.folder.rename(previous)
-            print(f"the run that was in {self.folder} is kept as {previous}")
+            print(f"the run that was in {self.folder} is kept as {previous}, which holds one run")
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)

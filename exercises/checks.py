@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ def task_1(module):
            "a link needs both its ends, t and t+1, inside the response")
     x = torch.tensor([[1.0, 3.0, NAN], [NAN, 5.0, NAN]]).double()
     mask = torch.tensor([[True, True, False], [False, True, False]])
+    expect(torch.isfinite(module.masked_mean(x, mask)), "what is masked out came through: NaN "
+           "times 0 is NaN")
     near(module.masked_mean(x, mask), 3.0, "masked_mean is not the mean of what is marked")
     near(module.masked_mean(x, mask, dim=1), [2.0, 5.0], "masked_mean of each row (dim=1)")
     near(module.masked_mean(x, ~mask & False), 0.0, "masked_mean is not 0 where nothing is marked")
@@ -82,14 +85,19 @@ def task_2(module):
     rewards, _, mask, lengths = batch()
     logits, expected = module.value_logits(rewards, mask), values(rewards, lengths)
     near(logits.shape, mask.shape, "the shape of value_logits")
+    expect(torch.isfinite(logits).all(), "what is masked out may be NaN, and no logit is")
     for i, row in enumerate(expected):
-        near(torch.sigmoid(logits[i, :lengths[i]]), row, "chosen z_t = sigma(r_t - mean of the "
-             "rejected response), rejected z_t = 1 - sigma(r_t - mean of the chosen one)")
+        found = logits[i, :lengths[i]]
+        expect(not np.allclose(found.detach(), row), "this is z itself, and its logit is asked for")
+        near(torch.sigmoid(found), row, "sigma of what is returned is not z: chosen z_t = sigma("
+             "r_t - mean of the rejected response), rejected z_t = 1 - sigma(r_t - mean of the "
+             "chosen one), row i of B against row B + i, means over real tokens alone")
     rewards.requires_grad_()
     gradient, = torch.autograd.grad(module.value_logits(rewards, mask)[mask].sum(), rewards)
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()[:, None] * mask
-    near(gradient, signs, "the opponent's mean carries no gradient (its stop-gradient is missing, "
-         "or stands where none should), and padding has none")
+    near(gradient * ~mask, 0.0 * signs, "a gradient, or NaN, reaches the padding")
+    near(gradient, signs, "a gradient reaches the opponent's mean, where the stop-gradient stands, "
+         "or none reaches r_t, where none stands")
 
 
 def task_3(module):
@@ -107,11 +115,19 @@ def task_3(module):
         gradient[i, t] = (-1 if i < 2 else 1) * weights[i, t] * (1 - z[i][t]) / links
     rewards.requires_grad_()
     found, its_scale = module.icrm(rewards, probs, mask)
+    expect(isinstance(its_scale, torch.Tensor), "icrm returns two numbers, penalty and scale")
     near(found, penalty, "the penalty is the mean over links of 2 p_t l_t, p_t of token t+1")
     near(its_scale, scale, "the scale is the mean over links of 2 p_t (z_t + z_t+1) / 2")
     expect(not its_scale.requires_grad, "the scale carries a gradient; it is only measured")
-    near(torch.autograd.grad(found, rewards)[0], gradient,
-         "the gradient: in each of the two terms z stands still (sg) and log z moves")
+    its_gradient = torch.autograd.grad(found, rewards)[0]
+    expect(torch.isfinite(its_gradient).all(), "the gradient is NaN: what is masked out of rewards "
+           "or probs may be NaN, and takes part")
+    near(its_gradient, gradient, "the gradient: in each of the two terms z "
+         "stands still (sg) and log z moves")
+    large = (1e4 * rewards.detach()).requires_grad_()
+    penalty = module.icrm(large, probs, mask)[0]
+    expect(torch.isfinite(penalty) and torch.isfinite(torch.autograd.grad(penalty, large)[0]).all(),
+           "rewards of 10,000 make it infinite: log sigma in one step is F.logsigmoid")
     near(module.label_weights(rewards, probs, mask), weights, "w_t = p_t-1 z_t-1 + p_t z_t+1")
     expect(not module.label_weights(rewards, probs, mask).requires_grad, "w_t stands still (sg)")
 
@@ -256,7 +272,10 @@ def main(task, said):
     except Lost as lost:
         why = str(lost)
     except Exception as error:      # a student's code may fail in any way
-        why = f"{type(error).__name__}: {error}"
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f" ({frame.name}, line {frame.lineno} of {Path(frame.filename).name})"
+                 for frame in frames[1:] if str(Path.cwd()) in frame.filename]
+        why = f"{type(error).__name__}: {error}" + "".join(where[-1:])
     Path(said).write_text(why, encoding="utf-8")
 
 

@@ -38,6 +38,8 @@ def grade(folder):
     for task, about in TASKS.items():
         print(f"{task}. {about.title:55}{points[task]:4d} of {about.points}"
               + f"\n   {lost[task]}" * bool(lost[task]))
+    if folder == ROOT and (lost[1] or lost[2]):
+        print("In a copy of one's own, tasks 3, 4 and 7 build on 1 and 2: mend those first.")
     total = sum(points.values())
     print(f"{folder}: {total} of {sum(task.points for task in TASKS.values())}\n")
     text = json.dumps({"total": total, "points": points, "lost": lost}, indent=1)

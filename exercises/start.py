@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tasks import EXPERIMENT, ROOT, TASKS, blank
 
-COPIED = ("*.py", "*.md", "requirements.txt", "pyproject.toml", "data/*.py", "data/*.md",
-          "data/lengths.json", "data/toy/*.py", "lab/*.py", "lab/*.css", "tests/**/*",
-          "exercises/*.md", "exercises/*.py")
+COPIED = ("*.py", "*.md", "LICENSE", ".gitignore", "requirements.txt", "pyproject.toml",
+          "data/*.py", "data/*.md", "data/lengths.json", "data/toy/*.py", "lab/*.py", "lab/*.css",
+          "tests/**/*", "exercises/*.md", "exercises/*.py")
 NOT_COPIED = (EXPERIMENT, "exercises/TEACHER.md", "tests/test_exercises.py")    # with the answers
 
 
@@ -32,5 +32,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     start(Path(sys.argv[1]))
-    print(f"wrote {sys.argv[1]}; read exercises/README.md, and grade it with\n"
-          f"    python exercises/grade.py {sys.argv[1]}")
+    print(f"wrote {sys.argv[1]}; read exercises/README.md there, and grade it with\n"
+          f"    cd {sys.argv[1]}; python exercises/grade.py")

@@ -15,6 +15,7 @@ EXERCISES = ROOT / "exercises"
 sys.path.append(str(EXERCISES))
 tasks = importlib.import_module("tasks")
 
+LOGITS = "value_logits(rewards, mask)"
 QUIET = "masked_mean(p * (rewards[:, 1:] - rewards[:, :-1]) ** 2, links)"
 # Name: (task, file, what stands there, what a student writes).
 WRONG = {
@@ -38,6 +39,15 @@ WRONG = {
                              "rewards[B:] - means[:B]"),
     "one mean for the batch": (2, "regularizer", "masked_mean(rewards, mask, dim=1).detach()",
                                "masked_mean(rewards, mask).expand(len(mask)).detach()"),
+    "z for its logit": (2, "regularizer", "torch.cat([rewards[:B] - means[B:], means[:B] - "
+                        "rewards[B:]])", "torch.cat([rewards[:B] - means[B:], means[:B] - "
+                        "rewards[B:]]).sigmoid()"),
+    "padding goes on": (2, "regularizer", "rewards = torch.where(mask, rewards, 0.0)\n    means",
+                        "means"),
+    "log of sigma z": (3, "regularizer", f"F.logsigmoid({LOGITS}){' ' * 19}# (2B, T)\n    z =",
+                       f"torch.sigmoid({LOGITS}).log()\n    z ="),
+    "padding of p": (3, "regularizer", f"p, links = links_of(probs, mask){' ' * 36}# (2B, T-1)\n",
+                     "p, links = probs, link_mask(mask)\n"),
     "z moves": (3, "regularizer", "z = log_z.detach().exp()", "z = log_z.exp()"),
     "p of the wrong token": (3, "regularizer", "penalty = masked_mean(2 * p * l, links)",
                              "penalty = masked_mean(2 * p.roll(1, 1) * l, links)"),
