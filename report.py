@@ -33,9 +33,9 @@ NONE = "<p>There are none.</p>"
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/><title>{title}</title>{css}
 </head><body><h1>{title}</h1><p>{about}</p>{table}<div>{figures}</div>
-<p>z along a response (dashed: the exact value); below, what each token did to the reward r and to
-the exact value V: orange raised it, blue lowered it, by its share of the response's largest step;
-at the bottom the generator's p of the token, if below 0.95.</p>
+<p>z along a response{dashed}; below, what each token did to the reward r{exact}: orange raised it,
+blue lowered it, by its share of the response's largest step; at the bottom the generator's p of the
+token, if below 0.95 and where there is room.</p>
 <h2>Most confident hits</h2>{hits}<h2>Most confident misses</h2>{misses}</body></html>
 """
 
@@ -93,11 +93,11 @@ def strips(pieces, rows, width, below=None, style=""):
     below: a short text for under each token. The last piece is end-of-text's."""
     left = 8 + CELL * max(len(label) for label, _ in rows)
     tall = 30 + len(rows) * STRIP + (12 if below else 0)
-    x, y, parts = width, -tall, []
+    x, y, parts, room = width, -tall, [], 0     # room: from where on a line has room for a p
     for t, piece in enumerate([*pieces[:-1], " ⏎"]):
         wide = CELL * sum(1 + (east_asian_width(letter) in "WF") for letter in piece)
         if x + wide > width - 2 * CELL * piece[:1].isspace():   # a stop stays with its word
-            x, y = left, y + tall
+            x, y, room = left, y + tall, left
             parts += [f'<text x="{left - 6}" y="{y + 34 + i * STRIP}" text-anchor="end">'
                       f"{html.escape(label)}</text>" for i, (label, _) in enumerate(rows)]
         text = html.escape(piece).replace(" ", "&#160;")    # SVG drops a leading space
@@ -108,8 +108,9 @@ def strips(pieces, rows, width, below=None, style=""):
             sign = "up" if steps[t] > 0 else "down"
             parts.append(f'<rect class="{sign}" fill-opacity="{share:.2f}" x="{x:g}" '
                          f'y="{y + 22 + i * STRIP}" width="{wide:g}" height="{STRIP - 2}"/>')
-        if below:
+        if below and below[t] and x >= room:
             parts.append(f'<text class="p" x="{x + 1:g}" y="{y + tall - 6}">{below[t]}</text>')
+            room = x + 2.5 * CELL
         x += wide
     size = f'viewBox="0 0 {width} {y + tall}" width="{width}" height="{y + tall}"'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
@@ -247,6 +248,8 @@ def write_page(config):
         about=html.escape("{regularizer}, read-out {readout}, seed {seed}, trained on {dataset}; "
                           "below the table all is of its split val.".format(**settings)),
         table=table(table_lines(results)),
+        dashed=" (dashed: the exact value)" * (exact is not None),
+        exact=" and to the exact value V" * (exact is not None),
         figures="".join(figures_of(results["val"], config.device, model, checkpoint, dataset)),
         hits="".join(hits) or NONE, misses="".join(misses) or NONE))
     print(f"wrote {out}: {len(hits)} hits, {len(misses)} misses")

@@ -80,6 +80,15 @@ def test_a_response_without_any_step_and_letters_of_double_width_are_drawn(tmp_p
     assert {cell["fill-opacity"] for cell in cells} == {"0.00"}
 
 
+def test_a_probability_is_left_out_where_it_would_cover_the_one_before(tmp_path):
+    pieces = [" word", ".", ".", " words", "", " word", ""]
+    below = [".11", ".12", ".13", ".14", ".15", "", ".17"]
+    drawn = report.strips(pieces, [("r", np.ones(7))], width=200, below=below)
+    (tmp_path / "page.svg").write_text(drawn, encoding="utf-8")
+    shown = [part for _, part in read(tmp_path / "page.svg") if part.get("class") == "p"]
+    assert [part.text for part in shown] == [".11", ".12", ".15", ".17"]
+
+
 def test_markup_in_the_data_is_text_on_the_page(inside, tmp_path):
     prompt, *sides = "<em>Q</em> & \"q\"", " <script>alert(1)</script>", " a</svg><img src=x>"
     rows = [(split, prompt, *sides) for split in ("train", "val") for _ in range(8)]
