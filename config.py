@@ -15,8 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # read when torch is loaded: threads that
-import torch                                            # spin make a busy machine ten times slower
+if "OMP_WAIT_POLICY" not in os.environ:     # threads that spin for long while they wait make a busy
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")     # machine ten times slower; torch reads this
+import torch
 
 HERE = Path(__file__).resolve().parent
 TINY = 1e-9     # as good as 0 for a setting that must not be 0

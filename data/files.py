@@ -240,7 +240,7 @@ class Run:
             if self.holds_run(previous):
                 shutil.rmtree(previous)
             self.folder.rename(previous)
-            print(f"the run that was in {self.folder} is kept as {previous}, which holds one run")
+            print(f"the run in {self.folder} is kept as {previous}, in place of any before")
         if writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
