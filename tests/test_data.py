@@ -235,7 +235,7 @@ FAMILY, JOINED = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u062e\u0648\u20
 def test_texts_of_every_kind_come_back_as_they_were(here):
     kinds = [FAMILY, f"{ARABIC} \u202eab", "\x00\x07\x1b[31m", "a\u2028b\x85c", "'\"<&>",
              "<|endoftext|><|im_end|>", f"{HINDI} {THAI}", "e\u0301\u0302",
-             "".join(random.Random(0).choices("abcdefgh", k=100_000))]
+             "".join(random.Random(0).choices("abcdefgh", k=20_000))]
     rows = [{"prompt": f"{i}{text[:90]}", "chosen": text, "rejected": "no"}
             for i in range(8) for text in kinds]
     rows.append({"prompt": "a lone surrogate", "chosen": "\ud800 x", "rejected": "no"})

@@ -104,7 +104,7 @@ def kill_and_resume(what, times, seed, monkeypatch):
 
 
 def test_a_run_that_is_killed_at_any_instant_goes_on_to_the_same_bits(inside, monkeypatch):
-    kill_and_resume("train", 5, 0, monkeypatch)
+    kill_and_resume("train", 3, 0, monkeypatch)
 
 
 @pytest.mark.slow

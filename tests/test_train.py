@@ -286,9 +286,8 @@ def test_a_missing_generator_is_made_by_its_script(inside, capfd):
 
 # Several processes ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("more", [
-    dict(dataset="toy"),
-    pytest.param(dict(dataset="labelled", readout="sum"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [dict(dataset="toy"), dict(dataset="labelled", readout="sum")])
 def test_two_processes_equal_one(labelled, more):
     run("out/one", seed=3, **more)
     done = execute("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
