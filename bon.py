@@ -137,7 +137,7 @@ def compare_ways(rewards, worth, prompts, places, exact=None):
     final = [[r[-1] for r in some] for some in rewards]
     everything = np.array([sum(map(len, some)) for some in rewards])
     best = [best_of_n(r, w, len(w)) for r, w in zip(final, worth)]
-    found = [("any", "one", list(map(np.mean, worth)), everything / list(map(len, worth))),
+    found = [("random", "one", list(map(np.mean, worth)), everything / list(map(len, worth))),
              ("reward model", "best of all", best, everything)]
     for judge, theirs in {"reward model": rewards, "exact value": exact or []}.items():
         picks = [halve(some, places) for some in theirs]

@@ -155,7 +155,7 @@ def search(rewards, worth, exact):
                 found[row["judge"], row["way"]].append(point)
     whole, model = found["reward model", "best of all"], "reward model"
     lines = [("own", found[model, "halving"] + whole), ("dots", found[model, "halving"] + whole),
-             ("other", found["any", "one"] + found[model, "best of as many tokens"] + whole),
+             ("other", found["random", "one"] + found[model, "best of as many tokens"] + whole),
              ("thin", found["exact value", "halving"] + found["oracle", "best of all"])]
     points = [point for _, line in lines for point in line]
     xs, ys = ([0, *axis] for axis in zip(*points))

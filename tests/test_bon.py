@@ -60,7 +60,7 @@ def test_ways_to_pick_are_compared_at_their_share_of_the_tokens():
     worth = [[4.0, 0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
     found = {(row["judge"], row["way"]): row
              for row in bon.compare_ways(rewards, worth, "ab", [1], rewards)}
-    expected = {("any", "one"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
+    expected = {("random", "one"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
                 ("reward model", "best of all"): ([4, 1], [10, 6]),
                 # two of four go on: 1 + 1 + 2 + 4 tokens; of three, two: 3 + 1 + 1
                 ("reward model", "halving"): ([1, 1], [8, 5]),
@@ -177,7 +177,7 @@ def test_candidates_of_a_file_may_be_unequal_in_number_wrong_or_too_long(inside)
         for prompt, some in texts.items()]
     Path("c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     results = run(candidates="c.jsonl", halve="1", skip_bad=True)
-    assert {row["judge"] for row in results["ways"]} == {"any", "reward model", "oracle"}
+    assert {row["judge"] for row in results["ways"]} == {"random", "reward model", "oracle"}
     assert [row["prompts"] for row in results["curve"]] == [3, 2, 1] and results["candidates"] == 7
     assert results["curve"][0]["majority"] == pytest.approx((0.5 + 1 + 0) / 3)
 
