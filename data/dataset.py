@@ -46,24 +46,22 @@ def write_array(path, shape, dtype, parts):
     write_atomically(path, write)
 
 
-def open_array(path, length=None):
-    """A .npy file, mapped; a UserError where it is damaged or not of this length."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+def open_array(path, digest=None):
+    """A .npy file, mapped; a UserError where it is damaged, or not the file of this digest."""
+    if digest not in (None, file_digest(path)):
+        raise UserError(f"{path} is damaged; make it again")
+    try:    # still mapped; slices of a plain array cost a tenth of a memmap's
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, OSError, EOFError):
         raise UserError(f"{path} is missing or damaged; make it again") from None
-    if length not in (None, len(array)):
-        raise UserError(f"{path} belongs to other tokens than there are now; make it again")
-    return np.asarray(array)    # still mapped; slices of a plain array cost a tenth of a memmap's
 
 
 class Split:
     """Items of a dataset, read where they are needed. split[i] is the Row of item i."""
 
-    def __init__(self, folder, name, below=None):
-        self.lengths = open_array(folder / f"{name}-lengths.npy")                       # (n, 3)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths.sum(1, dtype=np.int64))])
-        self.tokens = open_array(folder / f"{name}-tokens.npy", self.starts[-1])        # (N,)
+    def __init__(self, tokens, lengths, below=None):
+        self.tokens, self.lengths = tokens, lengths     # (N,), (n, 3)
+        self.starts = np.concatenate([[0], np.cumsum(lengths.sum(1, dtype=np.int64))])
         self.below = below      # (N, C): the hidden states below what is trained, or None
 
     def __len__(self):
@@ -95,29 +93,24 @@ class Dataset:
         self.kind = about["kind"]   # pairs, labels (one response each, on its label's side) or toy
         self.block_size = about["block_size"]   # most tokens of a prompt and its longer response
         self.fingerprint = self.fingerprint_of("train")
-        self.digests = dict(about["digests"])   # of the files that have not been looked at yet
+        self.arrays = {}        # {file: array}: each is checked once
         self.below = {}         # {split: array}, the hidden states below what is trained, if stored
 
     def split(self, name):
-        self.check(f"{name}-tokens.npy", f"{name}-lengths.npy")
-        return Split(self.folder, name, self.below.get(name))
+        return Split(self.array(name, "tokens"), self.array(name, "lengths"), self.below.get(name))
 
     def array(self, split, name):
-        """An array beside the tokens of a split, such as `exact-p` on the toy world."""
-        self.check(f"{split}-{name}.npy")
-        return open_array(self.folder / f"{split}-{name}.npy", len(self.split(split).tokens))
+        """An array of a split: its tokens, or what stands beside them, such as `exact-p` on the toy
+        world; a UserError where it is not what was written."""
+        file = f"{split}-{name}.npy"
+        if file not in self.arrays:
+            self.arrays[file] = open_array(self.folder / file, self.about["digests"][file])
+        return self.arrays[file]
 
     def fingerprint_of(self, split):
         """Of a split's tokens and lengths."""
         return fingerprint([self.about["digests"][f"{split}-{what}.npy"]
                             for what in ("tokens", "lengths")])
-
-    def check(self, *names):
-        """A UserError where a file is not what was written; each is looked at once."""
-        for name in names:
-            digest = self.digests.pop(name, None)
-            if digest and digest != file_digest(self.folder / name):
-                raise UserError(f"{self.folder / name} is damaged; prepare the dataset again")
 
 
 def open_dataset(name):

@@ -22,7 +22,7 @@ try:
 except ImportError:     # Windows: a folder that is in use is not noticed
     fcntl = None
 
-EDITION = "2"   # of what is written; part of every checksum
+EDITION = "3"   # of what is written; part of every checksum
 OURS = re.compile(r".*\.(py|md|css|sh)|LICENSE|requirements\.txt|pyproject\.toml|lengths\.json")
 
 
@@ -208,14 +208,6 @@ def save_tensors(checkpoint, path):
         raise OSError(str(error).splitlines()[0]) from None
 
 
-def step_of(line):
-    """The step of a line of log.jsonl; None where it is damaged."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None
-
-
 class Run:
     """An output folder: ckpt.pt and log.jsonl of one training run with one set of settings.
 
@@ -273,15 +265,14 @@ class Run:
             return 0
         model.load_state_dict(self.checkpoint["model"])
         optimizer.load_state_dict(self.checkpoint["optimizer"])
-        log = self.folder / "log.jsonl"
-        if self.writes and log.exists():    # what was logged after the checkpoint is logged again
-            lines = log.read_text(errors="replace").splitlines(keepends=True)
-            steps = [step_of(line) if line.endswith("\n") else None for line in lines]
-            if None in steps[:-1]:
-                print(f"damaged lines of {log} are left out: {steps[:-1].count(None)}")
-            kept = [line for line, its in zip(lines, steps) if its is not None and its <= step]
-            write_text(log, "".join(kept))
+        if self.writes and self.log_size:   # what was logged after the checkpoint is logged again
+            os.truncate(self.folder / "log.jsonl", min(self.checkpoint["logged"], self.log_size))
         return step
+
+    @property
+    def log_size(self):
+        log = self.folder / "log.jsonl"
+        return log.stat().st_size if log.exists() else 0
 
     def log(self, record):
         """Append one line to log.jsonl."""
@@ -292,7 +283,8 @@ class Run:
     def save(self, step, model, optimizer, **more):
         """Write ckpt.pt: step updates are done. Then stop, if asked to."""
         checkpoint = dict(kind=self.kind, settings=self.settings, inputs=self.inputs, step=step,
-                          model=model.state_dict(), optimizer=optimizer.state_dict(), **more)
+                          model=model.state_dict(), optimizer=optimizer.state_dict(),
+                          logged=self.log_size, **more)
         if self.writes:
             checkpoint["checksum"] = fingerprint(EDITION, checkpoint)
             write_atomically(self.folder / "ckpt.pt", partial(save_tensors, checkpoint))

@@ -24,8 +24,8 @@ def store_states(trunk, dataset, splits, folder):
     there yet.  -> {split: (N, C) float16, mapped}"""
     device = trunk.embed_tokens.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "float32"
-    frozen = {name: weight for name, weight in trunk.state_dict().items() if is_below(name, trunk)}
-    common = {"weights": fingerprint(frozen), "config": dataclasses.asdict(trunk.config),
+    below = trunk.embed_tokens.state_dict(), trunk.layers[:trunk.frozen].state_dict()
+    common = {"weights": fingerprint(*below), "config": dataclasses.asdict(trunk.config),
               "dtype": str(dtype)}
     found = {}
     for name in splits:
@@ -33,14 +33,13 @@ def store_states(trunk, dataset, splits, folder):
         about = common | {"data": dataset.fingerprint_of(name)}
         described = path.with_suffix(".json")
         if not is_described(path, described, about):
-            described.unlink(missing_ok=True)
             size = len(split.tokens) * trunk.config.n_embd * 2 / 2 ** 30
             print(f"writing {path}: the states below the last blocks, {size:.2f} GiB")
             bar = tqdm(range(len(split)), "frozen blocks", disable=None, leave=False)
             write_array(path, (len(split.tokens), trunk.config.n_embd), "<f2",
                         states_of(trunk, (split[i] for i in bar)))
             write_json(described, about | {"digest": file_digest(path)})
-        found[name] = open_array(path, len(split.tokens))
+        found[name] = open_array(path)
     return found
 
 
@@ -50,12 +49,6 @@ def is_described(path, described, about):
         return read_json(described, "train.py") == about | {"digest": file_digest(path)}
     except UserError:
         return False
-
-
-def is_below(name, trunk):
-    """Whether a trunk's parameter acts before the first trained block."""
-    part, *rest = name.split(".")
-    return part == "embed_tokens" or part == "layers" and int(rest[0]) < trunk.frozen
 
 
 def states_of(trunk, rows):

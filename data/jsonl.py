@@ -108,12 +108,11 @@ def read_rows(parse, path, tokenizer, block_size, as_dialogue=False, skip_bad=Fa
     if not found:
         raise UserError(f"nothing is left of {path}; left out: {listed(left_out)}")
     check_left_out(path, cut, len(items), skip_bad)
-    count = len(items) + sum(bad for reason, bad in left_out.items() if reason not in NOTED
-                             and reason not in cut)
+    lost = sum(bad for reason, bad in left_out.items() if reason not in NOTED)
     print(f"{path}: {len(found)} rows; left out: {listed(left_out)}")
     rows = [Row(np.array(prompt), tuple(map(np.array, responses)))
             for _, (prompt, *responses) in found]
-    return [item for item, _ in found], rows, count - len(found)
+    return [item for item, _ in found], rows, lost
 
 
 def without_long(item, tokenizer, block_size, left_out):

@@ -176,11 +176,10 @@ def split_prompt(prompt, chosen, rejected):
 def shared(chosen, rejected):
     """Where to cut two whole texts: behind the last turn's mark in what both share, or else behind
     its last line."""
-    same = len(os.path.commonprefix([chosen, rejected]))
-    found = [chosen.rfind(mark, 0, same) + len(mark) for mark in MARKERS
-             if chosen.rfind(mark, 0, same) >= 0]
-    cut = max(found, default=chosen.rfind("\n", 0, same) + 1)
-    if not chosen[:cut].strip():
+    both = os.path.commonprefix([chosen, rejected])
+    found = [both.rfind(mark) + len(mark) for mark in MARKERS if mark in both]
+    cut = max(found, default=both.rfind("\n") + 1)
+    if not both[:cut].strip():
         raise BadRow("no prompt, and no turn or line at which to cut one off the texts")
     return cut
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from config import UserError, choose
 from data.dataset import open_array
-from data.files import file_digest, read_json
+from data.files import read_json
 
 PROBS = ("generator", "uniform", "shuffled", "exact")
 
@@ -26,15 +26,13 @@ class Probs:
         if about.get("data") != dataset.fingerprint:
             raise UserError(f"{generator}/p.npy was written for other data than data/"
                             f"{dataset.folder.name}; run generator.py again")
-        self.fingerprint, path = f"{kind} {about['digest']}", Path(generator) / "p.npy"
+        self.fingerprint = f"{kind} {about['digest']}"
         if kind == "exact":
             if dataset.kind != "toy":
                 raise UserError("--probs=exact is known on toy worlds alone")
             self.array = dataset.array("train", "exact-p")
         else:
-            if file_digest(path) != about["digest"]:
-                raise UserError(f"{path} is damaged; run generator.py again")
-            self.array = open_array(path, len(self.split.tokens))
+            self.array = open_array(Path(generator) / "p.npy", about["digest"])
 
     def __getitem__(self, i):
         parts = self.split.of_responses(self.array, i)

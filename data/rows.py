@@ -147,23 +147,14 @@ def in_batches(rows, tokens=TOKENS, similar=np.inf):
 def row_by_row(rows, read, likelihoods=0):
     """Read rows in batches; read: a Batch -> one value per response, in the Batch's order.
     -> a list for each row"""
-    found = [None] * len(rows)
+    found = [[] for _ in rows]
     for numbers in in_batches(rows):
         some = [rows[i] for i in numbers]
-        each = read(make_batch(some, likelihoods))
-        for i, parts in zip(numbers, in_row_order(each, some)):
-            found[i] = parts
+        for (_, i), value in zip(in_order(some), read(make_batch(some, likelihoods))):
+            found[numbers[i]].append(value)
     return found
 
 
 def in_order(rows):
     """(side, row's number) of the responses as a Batch has them: first every row's first, ..."""
     return sorted((side, i) for i, row in enumerate(rows) for side in range(len(row.responses)))
-
-
-def in_row_order(values, rows):
-    """One value per response in a Batch's order -> the same, row by row: a list for each row."""
-    found = [[] for _ in rows]
-    for (_, i), value in zip(in_order(rows), values):
-        found[i].append(value)
-    return found

@@ -12,8 +12,8 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ from tiktoken_ext import openai_public
 from config import UserError
 from data.files import fingerprint
 
-SHARE = 64      # rows that a thread encodes at a time: handing out each one costs more than it
 SPEAKER = re.compile(r"\n\n(System|Human|Assistant):")   # HH-RLHF's dialogues, as data has them
 ROLE_OF = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
@@ -131,13 +130,12 @@ class Tokenizer:
     def encode_rows(self, rows):
         """Rows of a prompt and its responses (None: no response) -> the same as token ids, on all
         cores; no response has no tokens."""
-        def encode_some(start):
-            return [[self.encode_prompt(prompt)] + [[] if text is None else self.encode_reply(text)
-                                                    for text in texts]
-                    for prompt, *texts in rows[start:start + SHARE]]
-        with ThreadPoolExecutor() as pool:
-            shares = pool.map(encode_some, range(0, len(rows), SHARE))
-            return [row for some in shares for row in some]
+        def encode_row(row):
+            prompt, *texts = row
+            return [self.encode_prompt(prompt), *([] if text is None else self.encode_reply(text)
+                                                  for text in texts)]
+        with ThreadPool() as pool:
+            return pool.map(encode_row, rows)
 
     def decode(self, tokens):
         """Token ids -> text; bytes that are not UTF-8 become the replacement character."""

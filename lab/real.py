@@ -90,7 +90,7 @@ def with_states(rows, trunk, folder):
     path = folder / f"{which[:16]}-below-{trunk.frozen}.npy"
     if not path.exists():
         write_array(path, (sum(sizes), trunk.config.n_embd), "<f2", states_of(trunk, rows))
-    parts = np.split(open_array(path, sum(sizes)), np.cumsum(sizes)[:-1])
+    parts = np.split(open_array(path), np.cumsum(sizes)[:-1])
     return [row._replace(below=part) for row, part in zip(rows, parts)]
 
 

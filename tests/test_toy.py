@@ -180,5 +180,5 @@ def test_p_of_other_data_and_settings_that_make_no_world_are_refused(toy, tmp_pa
     write_json(tmp_path / "p.json", {"data": "other", "digest": "1"})
     with pytest.raises(UserError, match="written for other data than data/toy-1"):
         Probs("generator", toy, tmp_path)
-    with pytest.raises(UserError, match="fidelity"):
-        main(ToyConfig(name="toy-1", fidelity=2.0))
+    with pytest.raises(UserError, match="noise"):
+        main(ToyConfig(name="toy-1", noise=2.0))

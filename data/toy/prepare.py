@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from config import choose, in_range, run_script, show
 from data import tokenizer as tokenizers
-from data.dataset import Split, dataset_folder, write_dataset
+from data.dataset import Split, dataset_folder, open_array, write_dataset
 from data.toy.world import NEUTRAL, World, pairs, split_worlds
 
 KNOWN = {"exact-p": np.float32, "exact-value": np.float32, "kind": np.uint8}
@@ -28,8 +28,6 @@ class ToyConfig:
     train: int = 500        # training pairs: few, so that generalisation is the question
     test: int = 1000        # pairs in each of val, decoupled, swapped and longer
     noise: float = 0.0      # share of training pairs with the wrong label
-    fidelity: float = 0.98  # how often evidence has its usual remark, where remarks are usual
-    remarks: str = "usual"  # in train and val: usual, random or opposite
     gold: str = "sum"       # good less bad evidence; veto: good evidence, -1 where one piece is bad
     late: int = 0           # clauses at the start (of six) that are always filler
     fillers: int = 24       # different filler clauses
@@ -40,7 +38,8 @@ def write_truth(worlds, tokenizer, folder):
     encode = lru_cache(maxsize=None)(tokenizer.encode)
     for name, world in worlds.items():
         known = []      # (exact-p, exact-value, kind) of each token
-        for prompt, responses, _ in Split(folder, name):
+        arrays = (open_array(folder / f"{name}-{what}.npy") for what in ("tokens", "lengths"))
+        for prompt, responses, _ in Split(*arrays):
             known += [(0, 0, 0)] * len(prompt)
             for response in responses:
                 known += world.trace(response.tolist(), encode, tokenizer.end_of_text)
@@ -51,13 +50,11 @@ def write_truth(worlds, tokenizer, folder):
 def main(config):
     show(config)
     in_range(config, 1, 10**6, "train", "test")
-    in_range(config, 0, 1, "noise", "fidelity")
+    in_range(config, 0, 1, "noise")
     in_range(config, 0, World.clauses - 1, "late")
     in_range(config, 1, len(NEUTRAL), "fillers")
     choose("gold", config.gold, ("sum", "veto"))
-    choose("remarks", config.remarks, ("usual", "random", "opposite"))
-    usual = World(fidelity=config.fidelity, remarks=config.remarks, gold=config.gold,
-                  late=config.late, fillers=config.fillers)
+    usual = World(gold=config.gold, late=config.late, fillers=config.fillers)
     worlds = split_worlds(usual)
     texts = {split: pairs(world, config.test, f"{config.seed} {split}")
              for split, world in worlds.items()}

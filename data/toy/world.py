@@ -13,6 +13,7 @@ bad: no sum. All is read off the choices that follow a state (`World.choices`).
 """
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import NamedTuple
@@ -113,21 +114,18 @@ class World:
     @lru_cache(maxsize=None)
     def outcomes(self, state):
         """{final gold: probability} from a state on. A pending remark cannot change it."""
-        done = state.step - len(OPENING)
-        if done >= self.clauses:
-            return {state.gold: 1.0}
-        merged, evidence = {}, self.evidence * (done >= self.late)
-        for change, p in ((+1, evidence / 2), (-1, evidence / 2), (0, 1 - evidence)):
-            so_far = self.with_piece(state.gold, change) if change else state.gold
-            for total, q in self.outcomes(State(state.step + 1, so_far)).items():
-                merged[total] = merged.get(total, 0.0) + p * q
-        return merged
+        if state.pending is not None:
+            return self.outcomes(State(state.step + 1, state.gold))
+        merged = Counter()
+        for p, _, _, after in self.choices(state):
+            for total, q in self.outcomes(after).items():
+                merged[total] += p * q
+        return merged or {state.gold: 1.0}
 
     @lru_cache(maxsize=None)
     def value(self, state):
         """V = P(gold(y) > gold(y')) + 1/2 P(gold(y) = gold(y')), y from a state on, y' any."""
-        step = max(state.step, len(OPENING)) + (state.pending is not None)
-        mine, other = self.outcomes(State(step, state.gold)), self.outcomes(State(len(OPENING)))
+        mine, other = self.outcomes(state), self.outcomes(State())
         return sum(p * q * ((a > b) + 0.5 * (a == b))
                    for a, p in mine.items() for b, q in other.items())
 
