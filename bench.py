@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from config import HERE, autocast, choose, in_range, pick_device, run_script, show
+from config import HERE, autocast, choose, in_range, pick_device, run_script
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -148,7 +148,6 @@ def measure_steps(bench, lengths):
 
 
 def main(config):
-    show(config)
     everything = json.loads((HERE / "data" / "lengths.json").read_text())
     choose("lengths", config.lengths, everything)
     lengths = everything[config.lengths]

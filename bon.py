@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from config import UserError, in_range, run_script, show
+from config import UserError, in_range, run_script
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from data.rows import Row
 from data.toy.world import World
 from evaluate import (check_fit, final_rewards, load_reward_model, prefix_rewards, print_lines,
                       text_of)
-from generator import Sampling, finished, load_generator, sample_rows, until_end
+from generator import Sampling, finished, load_generator, sample_rows
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,7 @@ def summary(judge, way, worth, tokens, prompts):
 
 def read_places(text):
     """'12,20,28' -> (12, 20, 28), rising."""
-    try:
-        places = tuple(map(int, filter(None, text.split(","))))
-    except ValueError:
-        places = (0,)
+    places = tuple(int(part) if part.isdecimal() else 0 for part in text.split(",") if part)
     if any(b <= a for a, b in zip((0, *places), places)):
         raise UserError(f"--halve takes rising numbers of tokens such as 12,20,28, not {text!r}")
     return places
@@ -179,16 +176,13 @@ def search(model, generator, dataset, rows, places, config, worth_of):
         start = torch.tensor(prompt.astype(np.int64), device=rng.device)[None]      # (1, T)
         sampling = Sampling(generator, start, config.samples, end, rng, config.max_new_tokens)
         tokens.append(0)
-        known = np.zeros(config.samples, int)       # tokens of each candidate that is left
         for place in (*places, config.max_new_tokens):
-            written = sampling.write(place - sampling.tokens.size(1))               # (m, t)
-            some = [until_end(row, end) for row in written.cpu().numpy()]
-            sizes = np.array(list(map(len, some)))
-            tokens[-1] += (sizes - known).sum()
+            some = sampling.write(place - sampling.tokens.size(1))
             order = np.argsort(-final_rewards(model, [Row(prompt, tuple(some))])[0], kind="stable")
-            kept = order[:math.ceil(len(order) / 2)]
+            kept, dropped = np.split(order, [math.ceil(len(order) / 2)])
+            tokens[-1] += sum(len(some[i]) for i in dropped)
             sampling.keep(torch.tensor(kept, device=rng.device))
-            known = sizes[kept]
+        tokens[-1] += sum(len(some[i]) for i in kept)
         ended = tuple(some[i] for i in order if some[i][-1] == end)
         picks.append(Row(prompt, ended[:1] or whole[:1]))       # none ended: any one
     values = [some[0] for some in worth_of(picks)]
@@ -242,7 +236,6 @@ def print_rows(rows):
 
 
 def main(config):
-    show(config)
     in_range(config, 1, 10**9, "prompts", "samples", "max_new_tokens")
     in_range(config, 0, 10**9, "seed")
     places = read_places(config.halve)

@@ -57,14 +57,17 @@ class Stopping:
 
 
 def run_script(config_class, main):
-    """Parse the command line into config_class and call main(config)."""
+    """Parse the command line into config_class, print the settings and call main(config)."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     names = ("SIGINT", "SIGTERM", "SIGHUP")     # Windows lacks the last
     for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         if signal.getsignal(number) != signal.SIG_IGN:      # nohup's choice stays
             signal.signal(number, Stopping.receive)
     try:
-        main(parse(config_class, sys.argv[1:]))
+        config = parse(config_class, sys.argv[1:])
+        if os.environ.get("RANK", "0") == "0":      # torchrun's first process speaks for all
+            show(config)
+        main(config)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)

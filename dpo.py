@@ -14,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TINY, UserError, autocast, check_finite, choose, in_range, run_script, show
+from config import TINY, UserError, autocast, check_finite, choose, in_range, run_script
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,6 @@ def main(config):
     name = Path(config.checkpoint.removesuffix("ckpt.pt")).name
     words = filter(None, ("out/dpo", name, config.pairs_from, f"seed{config.seed}"))
     config = dataclasses.replace(config, out_dir=config.out_dir or "-".join(words))
-    show(config)
     in_range(config, 1, 10**9, "prompts", "max_new_tokens", "steps", "batch_size")
     in_range(config, 2, 10**9, "samples", "held_out")
     in_range(config, 0, 10**9, "seed", "learning_rate")

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, pick_device, run_script, show
+from config import UserError, pick_device, run_script
 import numpy as np
 import torch
 
@@ -25,7 +25,7 @@ from data.dataset import chunks, open_dataset
 from data.files import load_checkpoint, read_json, write_json
 from data.jsonl import read_pair_rows, read_step_rows
 from data.rows import Row, row_by_row
-from model import ModelConfig, RewardModel, load_weights
+from model import ModelConfig, RewardModel
 from regularizer import read_out
 
 AT_ONCE = 8     # responses in one row: attention over a row costs its length squared
@@ -51,7 +51,7 @@ def load_reward_model(path, device):
     checkpoint = load_checkpoint(path, "reward model")
     sizes = ModelConfig(**checkpoint["model_config"])
     model = RewardModel(sizes, checkpoint["settings"]["readout"])
-    load_weights(model, checkpoint["model"], path)
+    model.load_state_dict(checkpoint["model"])
     model = model.to(pick_device(device)).eval()
     return model, tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
 
@@ -61,8 +61,7 @@ def score(model, rows, name="row {}".format):
     """Rewards of every response prefix: for each Row a list of float32 arrays, one per response;
     the last entry is the response's reward. One that is not finite is a UserError with the row's
     name (of its number from 1)."""
-    training, device = model.training, model.score.weight.device
-    model.eval()
+    device = model.score.weight.device
 
     def rewards_of(batch):
         batch = batch.to(device)
@@ -71,7 +70,6 @@ def score(model, rows, name="row {}".format):
         return [r[:length] for r, length in zip(rewards, batch.lengths.tolist())]
 
     found = row_by_row(rows, rewards_of)
-    model.train(training)
     for i, parts in enumerate(found):
         if not all(np.isfinite(r).all() for r in parts):
             raise UserError(f"a reward of {name(i + 1)} is not finite")
@@ -277,7 +275,6 @@ def main(config):
     if config.compare:
         results = compare_runs([name for name in config.compare.split(",") if name])
     else:
-        show(config)
         if config.data and config.steps:
             raise UserError("one thing at a time: --data=FILE, or --steps=FILE")
         model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)

@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TINY, UserError, autocast, check_finite, in_range, pick_device, run_script, show
+from config import TINY, UserError, autocast, check_finite, in_range, pick_device, run_script
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -21,9 +21,9 @@ from data import tokenizer as tokenizers
 from data.dataset import chunks, open_array, open_dataset, write_array
 from data.files import Run, file_digest, load_checkpoint, write_json
 from data.rows import Row, batch_of, make_batch, row_by_row
+from data.weights import read_folder
 from model import (KVCache, LanguageModel, ModelConfig, frozen_language_model, learning_rate,
-                   length_normalised_nll, load_weights, make_optimizer, update)
-from pretrained import read_folder
+                   length_normalised_nll, make_optimizer, pretrained_language_model, update)
 
 LOG_EVERY, SAVE_EVERY = 100, 250    # updates
 ROWS = 512      # read, sorted by length and written at a time
@@ -53,24 +53,21 @@ class GeneratorConfig:
 def train_generator(config, dataset, device):
     """Train, or go on; -> the frozen LanguageModel."""
     tokenizer, data = dataset.tokenizer, dataset.split("train")
-    sizes = ModelConfig(tokenizer.vocab_size, dataset.block_size, config.n_layer, config.n_head,
-                        config.n_embd)
-    weights = None
-    if config.init_from:
-        sizes, weights = read_folder(config.init_from, tokenizer, dataset.block_size)
     precision = autocast(device, config.dtype)
     torch.manual_seed(config.seed)
-    model = LanguageModel(sizes)
     if config.init_from:
-        load_weights(model, weights, config.init_from)
-    del weights
+        found = read_folder(config.init_from, tokenizer, dataset.block_size)
+        model = pretrained_language_model(*found, config.init_from)
+    else:
+        model = LanguageModel(ModelConfig(tokenizer.vocab_size, dataset.block_size, config.n_layer,
+                                          config.n_head, config.n_embd))
     model.to(device)
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("generator", config, {"data": dataset.fingerprint})
     first = run.restore(model, optimizer)
 
     def save(step):
-        run.save(step, model, optimizer, model_config=dataclasses.asdict(sizes),
+        run.save(step, model, optimizer, model_config=dataclasses.asdict(model.model.config),
                  tokenizer=tokenizer.to_dict())
 
     bar = tqdm(range(first, config.steps), "generator", config.steps, initial=first, disable=None,
@@ -104,7 +101,7 @@ def load_generator(folder, device):
     if checkpoint["step"] < checkpoint["settings"]["steps"]:
         raise UserError(f"the {checkpoint['kind']} in {folder} is unfinished; give its command "
                         "again with --resume=True")
-    model = frozen_language_model(checkpoint, folder).to(pick_device(device))
+    model = frozen_language_model(checkpoint).to(pick_device(device))
     return model, tokenizers.from_dict(checkpoint["tokenizer"])
 
 
@@ -113,22 +110,31 @@ def load_generator(folder, device):
 @torch.no_grad()
 def response_logprobs(model, rows, temperature=1.0, top_p=1.0):
     """log p of every response token given all before it: for each Row a list of float32 arrays, one
-    per response. With a temperature or top_p it is that of `sampling_probs`, -inf where p is 0."""
+    per response, -inf where top_p leaves no p."""
     device = model.lm_head.weight.device
 
     def logprobs_of(batch):
         batch = batch.to(device)
-        if temperature == top_p == 1:
-            logprobs = model(batch)                                     # (M,)
-        else:
-            states = model.model.read(batch)[batch.sources]             # (M, C)
-            logprobs = torch.cat([
-                sampling_probs(model.lm_head(part), temperature, top_p)
-                .gather(1, targets[:, None]).squeeze(1).log()
-                for part, targets in zip(states.split(512), batch.targets.split(512))])
+        states = model.model.read(batch)[batch.sources]                 # (M, C)
+        logprobs = torch.cat([
+            sampling_logprobs(model.lm_head(part), temperature, top_p)
+            .gather(1, targets[:, None]).squeeze(1)
+            for part, targets in zip(states.split(512), batch.targets.split(512))])
         return np.split(logprobs.cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
 
     return row_by_row(rows, logprobs_of, likelihoods=None)
+
+
+def sampling_logprobs(logits, temperature, top_p):
+    """log p of the next token at a temperature (> 0), within the smallest set that holds top_p.
+    (rows, V) -> same"""
+    logprobs = (logits.float() / temperature).log_softmax(1)
+    if top_p < 1:
+        ordered, index = logprobs.sort(1, descending=True)
+        probs = ordered.exp()
+        ordered[probs.cumsum(1) - probs >= top_p] = -torch.inf  # the one that crosses top_p stays
+        logprobs = logprobs.scatter(1, index, ordered.log_softmax(1))
+    return logprobs
 
 
 def write_p(model, split, folder, about):
@@ -156,14 +162,13 @@ class Sampling:
     and values serve all its rows.
 
     prompts (P, T) int64, all of one length; rng: torch.Generator on their device. temperature 0 is
-    greedy; top_p keeps the smallest set of tokens with that much probability. `tokens` (P n, t) is
-    what is written, prompt by prompt, end-of-text in every place after a response's end."""
+    greedy. `tokens` (P n, t) is what is written, prompt by prompt, end-of-text in every place after
+    a response's end."""
 
     @torch.no_grad()
-    def __init__(self, model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0,
-                 top_p=1.0):
+    def __init__(self, model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0):
         self.model, self.end_of_text, self.rng = model, end_of_text, rng
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature = temperature
         config, (P, T) = model.model.config, prompts.shape
         self.room = min(max_new_tokens, config.block_size - T)
         if self.room < 1:
@@ -181,7 +186,8 @@ class Sampling:
 
     @torch.no_grad()
     def write(self, count=10**9):
-        """Write so many tokens to every row, fewer where there is no room or all have ended."""
+        """Write so many tokens to every row, fewer where there is no room or all have ended.
+        -> all that is written: an array for each row, up to its end-of-text"""
         for _ in range(min(count, self.room - self.tokens.size(1))):
             done = (self.tokens == self.end_of_text).any(1)                         # (P n,)
             if done.all():
@@ -190,49 +196,47 @@ class Sampling:
                 here = torch.full_like(self.tokens[:, :1], self.cache.length)
                 self.hidden = self.model.model(self.tokens[:, -1:], here, cache=self.cache)[:, -1]
             logits = self.model.lm_head(self.hidden)
-            token = draw(logits, self.rng, self.temperature, self.top_p)            # (P n,)
+            token = draw(logits, self.rng, self.temperature)                        # (P n,)
             token = torch.where(done, self.end_of_text, token)
             self.tokens = torch.cat([self.tokens, token[:, None]], 1)
-        return self.tokens
+        written = self.tokens.cpu().numpy()
+        sizes = (written != self.end_of_text).sum(1) + 1
+        return [row[:size] for row, size in zip(written, sizes)]
 
 
-def sample(model, prompts, n, *settings, **more):
-    """n whole continuations of each prompt: Sampling's arguments -> (P, n, new tokens)"""
-    tokens = Sampling(model, prompts, n, *settings, **more).write()
-    return tokens.view(len(prompts), n, -1)
+def draw(logits, rng, temperature):
+    """One token from each row of logits: (rows, V) -> (rows,)."""
+    if temperature == 0:
+        return logits.argmax(1)
+    probs = (logits.float() / temperature).softmax(1)
+    clocks = -torch.rand(probs.shape, generator=rng, device=probs.device).log() / probs
+    return clocks.argmin(1)     # exponential clocks of rates p: each is first with probability p
 
 
-def sample_responses(model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0,
-                     top_p=1.0, rows=256):
-    """n responses to each prompt (token ids): a list of n arrays for each.
+def sample_rows(model, tokenizer, prompts, n, seed, max_new_tokens=10**9, rows=256):
+    """n responses to each prompt (token ids) -> a Row for each.
 
     Prompts of one length are read together, about `rows` responses at a time, fewer where their
     keys and values would not fit CACHE. A response ends with end-of-text, but for those that had no
     end within max_new_tokens.
     """
     device, config, found = model.lm_head.weight.device, model.model.config, {}
+    rng = torch.Generator(device).manual_seed(seed)
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4     # bytes
     progress = tqdm(total=len(prompts), desc="sampling", disable=None, leave=False)
     for length in sorted({len(tokens) for tokens in prompts}):
-        group = [i for i, tokens in enumerate(prompts) if len(tokens) == length]
+        group = (i for i, tokens in enumerate(prompts) if len(tokens) == length)
         longest = min(length + max_new_tokens, config.block_size)
         together = max(1, min(rows, CACHE // (per_token * longest)) // n)
-        for start in range(0, len(group), together):
-            part = group[start:start + together]
-            some = torch.tensor([list(map(int, prompts[i])) for i in part], device=device)
-            drawn = sample(model, some, n, end_of_text, rng, max_new_tokens, temperature, top_p)
-            for i, responses in zip(part, drawn.cpu().numpy()):
-                found[i] = [until_end(tokens, end_of_text) for tokens in responses]
+        for part in chunks(group, together):
+            some = np.stack([prompts[i] for i in part]).astype(np.int64)
+            some = torch.from_numpy(some).to(device)
+            written = Sampling(model, some, n, tokenizer.end_of_text, rng, max_new_tokens).write()
+            for i, responses in zip(part, chunks(written, n)):
+                found[i] = Row(prompts[i], tuple(responses))
             progress.update(len(part))
     progress.close()
     return [found[i] for i in range(len(prompts))]
-
-
-def sample_rows(model, tokenizer, prompts, n, seed, max_new_tokens):
-    """n responses of a language model to each prompt (token ids) -> a Row for each."""
-    rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    sampled = sample_responses(model, prompts, n, tokenizer.end_of_text, rng, max_new_tokens)
-    return [Row(prompt, tuple(responses)) for prompt, responses in zip(prompts, sampled)]
 
 
 def finished(rows, tokenizer):
@@ -241,37 +245,10 @@ def finished(rows, tokenizer):
                                          if tokenizer.end_of_text in tokens[-1:])) for row in rows]
 
 
-def until_end(tokens, end_of_text):
-    ends = np.flatnonzero(tokens == end_of_text)
-    return tokens[:ends[0] + 1] if len(ends) else tokens
-
-
-def sampling_probs(logits, temperature, top_p):
-    """Probabilities of the next token at a temperature (> 0), within the smallest set that holds
-    top_p.  (rows, V) -> same"""
-    probs = (logits.float() / temperature).softmax(1)
-    if top_p < 1:
-        ordered, index = probs.sort(1, descending=True)
-        ordered[ordered.cumsum(1) - ordered >= top_p] = 0.0     # the one that crosses top_p stays
-        kept = ordered / ordered.sum(1, keepdim=True)
-        probs = torch.zeros_like(probs).scatter_(1, index, kept)
-    return probs
-
-
-def draw(logits, rng, temperature, top_p):
-    """One token from each row of logits: (rows, V) -> (rows,)."""
-    if temperature == 0:
-        return logits.argmax(1)
-    probs = sampling_probs(logits, temperature, top_p)
-    clocks = -torch.rand(probs.shape, generator=rng, device=probs.device).log() / probs
-    return clocks.argmin(1)     # exponential clocks of rates p: each is first with probability p
-
-
 def main(config):
     folder = config.out_dir or f"out/{config.dataset}-generator"
     rate = config.learning_rate or (1e-5 if config.init_from else 4e-3)
     config = dataclasses.replace(config, out_dir=folder, learning_rate=rate)
-    show(config)
     in_range(config, 1, 10**9, "n_layer", "n_head", "n_embd", "batch_size")
     in_range(config, 0, 10**9, "seed", "learning_rate", "warmup", "steps")
     in_range(config, TINY, 10**9, "temperature")

@@ -156,11 +156,9 @@ class Trunk(nn.Module):
 
     def forward(self, tokens, positions, visible=None, cache=None, below=None):
         """below: the hidden states before the first block that is not frozen, if they are known."""
-        if below is None:
-            layers, x = self.layers, self.embed_tokens(tokens)              # (b, T, C)
-        else:
-            layers, x = self.layers[self.frozen:], below.float()
-        x = self.through(layers, x, positions, visible, cache)
+        first = 0 if below is None else self.frozen
+        x = self.embed_tokens(tokens) if below is None else below.float()   # (b, T, C)
+        x = self.through(self.layers[first:], x, positions, visible, cache)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.norm(x)
@@ -242,25 +240,30 @@ def length_normalised_nll(logprobs, batch, responses):
     return -(logprobs / batch.lengths[batch.owners]).sum() / responses
 
 
-def load_weights(model, weights, where, assign=False):
-    """Fill a model from {name: tensor}; what is missing, unknown or misshapen is an error. assign:
-    take these tensors as they are, into a model without memory."""
-    embedding = weights.get("model.embed_tokens.weight")
-    if model.lm_head.weight is model.model.embed_tokens.weight and embedding is not None:
+def pretrained_language_model(sizes, weights, where):
+    """A folder's model; weights, {name: tensor}, that are missing, unknown or misshapen are an
+    error."""
+    config, embedding = ModelConfig(**sizes), weights.get("model.embed_tokens.weight")
+    if config.tied and embedding is not None:
         weights = {"lm_head.weight": embedding} | weights
         if not torch.equal(weights["lm_head.weight"], embedding):
             raise UserError(f"{where} says that its LM head is its embedding, and holds two")
     try:
-        model.load_state_dict(weights, assign=assign)
+        with torch.device("meta"):      # without memory: config.json may ask for any
+            model = LanguageModel(config)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:200]
-        raise UserError(f"the weights of {where} do not fit: {reason}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"the weights of {where} do not fit: {reason:.200}") from None
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
-def frozen_language_model(checkpoint, where):
+def frozen_language_model(checkpoint):
     """The LanguageModel of a generator's or a policy's checkpoint."""
     model = LanguageModel(ModelConfig(**checkpoint["model_config"]))
-    load_weights(model, checkpoint["model"], where)
+    model.load_state_dict(checkpoint["model"])
     return model.eval().requires_grad_(False)
 
 

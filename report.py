@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import east_asian_width
 
-from config import HERE, UserError, in_range, run_script, show
+from config import HERE, UserError, in_range, run_script
 import numpy as np
 
 from benchmarks import sigmoid
@@ -274,7 +274,6 @@ def write_picture(config):
 
 
 def main(config):
-    show(config)
     in_range(config, 1, 10**6, "count")
     write = write_picture if config.svg else write_page
     write(config)

@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from config import (HERE, UserError, autocast, check_finite, choose, in_range, pick_device,
-                    run_other, run_script, show)
+                    run_other, run_script)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -149,8 +149,7 @@ def train(config, dataset, probs, team):
 def start(config, dataset, probs, team):
     """The model, new from the generator's weights or as the checkpoint has it.
     -> RewardModel, optimizer, Run, number of the first step"""
-    generator = frozen_language_model(load_checkpoint(config.generator, "generator"),
-                                      config.generator)
+    generator = frozen_language_model(load_checkpoint(config.generator, "generator"))
     torch.manual_seed(config.seed)
     model = RewardModel.from_generator(generator, config.readout).to(team.device).train()
     del generator       # its weights are the model's
@@ -227,12 +226,6 @@ class Team:
             dist.all_reduce(tensor)
 
 
-def default_folder(config):
-    """out/DATASET-REGULARIZER-seedSEED, with p and the read-out where they are not the paper's."""
-    words = [config.dataset, config.regularizer, config.probs, config.readout, f"seed{config.seed}"]
-    return "out/" + "-".join(word for word in words if word not in ("generator", "last"))
-
-
 def obtain_inputs(config):
     """Run the commands that make the toy world and the generator, where they are absent."""
     if config.dataset == "toy" and not Path("data/toy/dataset.json").exists():
@@ -249,9 +242,11 @@ def obtain_inputs(config):
 
 
 def main(config):
+    words = [config.dataset, config.regularizer, config.probs, config.readout, f"seed{config.seed}"]
+    name = "-".join(word for word in words if word not in ("generator", "last"))    # the paper's
     config = dataclasses.replace(
         config, generator=config.generator or f"out/{config.dataset}-generator",
-        out_dir=config.out_dir or default_folder(config))
+        out_dir=config.out_dir or f"out/{name}")
     choose("regularizer", config.regularizer, REGULARIZERS)
     choose("probs", config.probs, PROBS)
     choose("readout", config.readout, READOUTS)
@@ -259,7 +254,6 @@ def main(config):
     in_range(config, 0, 10**9, "seed", "learning_rate", "unfrozen", "lm_weight")
     in_range(config, 0, 1, "reg_weight")
     team, started = Team(config.device), time.time()
-    show(config)
     if config.batch_size % team.size:
         raise UserError(f"--batch_size={config.batch_size} does not divide by {team.size}")
     with team.first_alone():

@@ -19,7 +19,7 @@ from config import UserError
 from data.files import write_atomically
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 OTHERS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 
 

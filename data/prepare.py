@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, choose, in_range, run_script, show
+from config import UserError, choose, in_range, run_script
 from data import tokenizer as tokenizers
 from data.dataset import dataset_folder, listed, write_dataset
 from data.files import write_text
@@ -236,7 +236,6 @@ def local_copy(config, folder):
 
 
 def main(config):
-    show(config)
     if config.source:
         choose("source", config.source, SOURCES)
     source = SOURCES.get(config.source, Source("your own", None))

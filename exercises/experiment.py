@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 from benchmarks import mean_and_half_width
-from config import in_range, run_script, show
+from config import in_range, run_script
 from exercises.tasks import EXPERIMENT
 from study import Arm, run_draw
 
@@ -28,7 +28,6 @@ class ExperimentConfig:
 
 
 def main(config):
-    show(config)
     in_range(config, 5, 100, "draws")
     arms, differences = [Arm(config.against), Arm(config.regularizer)], []
     draws = list(range(config.first_draw, config.first_draw + config.draws))

@@ -20,7 +20,7 @@ from statistics import harmonic_mean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import HERE, UserError, autocast, pick_device, run_other, run_script, show
+from config import HERE, UserError, autocast, pick_device, run_other, run_script
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -99,7 +99,7 @@ class Measures:
 
     def __init__(self, config):
         folder, dataset = folder_of(config, "pretrained"), open_dataset(config.name)
-        trunk = frozen_language_model(load_checkpoint(folder, "generator"), folder).model
+        trunk = frozen_language_model(load_checkpoint(folder, "generator")).model
         trunk.to(pick_device("auto"))
         trunk.freeze(len(trunk.layers) - UNFROZEN)
         self.frozen, split = trunk.frozen, dataset.split("val")
@@ -276,7 +276,6 @@ def tables(found):
 
 
 def main(config):
-    show(config)
     runs = read_records(RESULTS)
     if not config.tables:
         if not Path(f"data/{config.name}/dataset.json").exists():

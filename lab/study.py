@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import HERE, in_range, run_other, run_script, show
+from config import HERE, in_range, run_other, run_script
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -269,7 +269,6 @@ def tables(runs):
 
 
 def main(config):
-    show(config)
     in_range(config, 1, 64, "workers")
     runs = read_records(RESULTS)
     if not config.tables:

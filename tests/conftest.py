@@ -11,7 +11,8 @@ from config import parse
 from data.files import EDITION, fingerprint
 from data.toy.prepare import ToyConfig
 from data.toy.prepare import main as prepare_toy
-from model import ModelConfig, RewardModel
+from data.weights import read_folder
+from model import ModelConfig, RewardModel, pretrained_language_model
 
 torch.set_num_threads(1)     # the models are tiny, and the machine may be busy
 
@@ -47,6 +48,11 @@ def quick_generator(dataset, out_dir, steps=20, **more):
     """A small generator that has hardly learned, and its p, for tests that need any."""
     generator.main(generator.GeneratorConfig(dataset=dataset, out_dir=out_dir, n_layer=1, n_head=2,
                                              n_embd=32, steps=steps, device="cpu", **more))
+
+
+def read_model(folder, tokenizer=None, block_size=0):
+    """The model in a folder of Hugging Face's layout, as generator.py starts from it."""
+    return pretrained_language_model(*read_folder(folder, tokenizer, block_size), folder)
 
 
 def save_edited(checkpoint, path):

@@ -19,16 +19,16 @@ import config
 import dpo
 import evaluate
 import generator
-import pretrained
 import train
 from config import UserError
-from conftest import small_run
+from conftest import read_model, small_run
 from data import files
 from data.dataset import open_array, open_dataset
 from data.files import Run, load_checkpoint, read_json
 from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
 from data.probs import Probs
 from data.tokenizer_json import read_tokenizer
+from data.weights import read_safetensors
 
 FORK = get_context("fork")      # a child that needs no time to import torch
 FOLDERS = Path(__file__).parent / "pretrained"
@@ -314,8 +314,8 @@ def restore(folder):
 def test_damaged_models_of_strangers_are_one_line_each(tmp_path, kind):
     shutil.copytree(FOLDERS / kind, tmp_path / "model")
     folder = tmp_path / "model"
-    fuzz(folder / "config.json", lambda: pretrained.read_folder(folder), 80, 8, as_json=True)
-    fuzz(folder / "model.safetensors", lambda: pretrained.read_folder(folder), 120, 9)
+    fuzz(folder / "config.json", lambda: read_model(folder), 80, 8, as_json=True)
+    fuzz(folder / "model.safetensors", lambda: read_model(folder), 120, 9)
     shutil.copy(FOLDERS / "tokenizers" / "qwen.json", folder / "tokenizer.json")
     fuzz(folder / "tokenizer.json", lambda: read_tokenizer(str(folder)), 60, 10, as_json=True)
 
@@ -333,10 +333,10 @@ def test_weights_that_overlap_exceed_the_file_or_are_no_numbers_are_refused(tmp_
     body = np.array([0.0, np.nan], np.float16).tobytes() * 2
     path.write_bytes(len(header).to_bytes(8, "little") + header + body)
     with pytest.raises(UserError, match=f"model.safetensors is missing, damaged .*{reason}"):
-        pretrained.read_safetensors(path)
+        read_safetensors(path)
     path.write_bytes((2 ** 63 - 1).to_bytes(8, "little") + header + body)
     with pytest.raises(UserError, match="is missing, damaged"):
-        pretrained.read_safetensors(path)
+        read_safetensors(path)
 
 
 PAIR = {"id": "a", "prompt": [{"role": "user", "content": "Hi?"}], "chosen": "a", "rejected": "b",

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_run
+from conftest import read_model, small_run
 
 import generator
 import pretrained
@@ -25,9 +25,10 @@ from data import tokenizer as tokenizers
 from data.dataset import open_dataset
 from data.files import file_digest, load_checkpoint, read_json, write_json
 from data.tokenizer_json import read_tokenizer
+from data.weights import read_config, read_safetensors
 from evaluate import load_reward_model, score
-from model import LanguageModel, load_weights
-from pretrained import read_config, read_folder, read_safetensors, write_safetensors
+from model import LanguageModel, ModelConfig
+from pretrained import write_safetensors
 
 FOLDERS = Path(__file__).parent / "pretrained"
 
@@ -46,9 +47,8 @@ def copy_of(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_the_logits_are_those_of_transformers(name):
-    config, weights = read_folder(FOLDERS / name)
-    model = LanguageModel(config)
-    load_weights(model, weights, name)
+    model = read_model(FOLDERS / name)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.model.config.tied
     stored = json.loads((FOLDERS / name / "logits.json").read_text())
     found = model.lm_head(model.model(torch.tensor(stored["tokens"]), torch.arange(12)[None]))
     assert torch.allclose(found, torch.tensor(stored["logits"]), rtol=0, atol=1e-4)
@@ -59,8 +59,9 @@ def test_keys_of_older_files_say_the_same(copy_of):
     folder = copy_of("llama", rope_theta=5e5, head_dim=None, sliding_window=4096, **old)
     assert read_config(folder / "config.json") == read_config(FOLDERS / "llama/config.json")
     folder = copy_of("llama", tie_word_embeddings=..., num_key_value_heads=..., head_dim=..., **old)
-    absent = read_config(folder / "config.json")
-    assert (absent.rope_theta, absent.tied, absent.n_kv_head, absent.head_dim) == (1e4, False, 4, 4)
+    found = read_config(folder / "config.json")
+    absent = {"rope_theta": 1e4, "tied": False, "n_kv_head": 4, "head_dim": 4}
+    assert found == found | absent
 
 
 @pytest.mark.parametrize("key, value", [
@@ -71,7 +72,7 @@ def test_keys_of_older_files_say_the_same(copy_of):
     ("tie_word_embeddings", "yes"), ("hidden_size", "16"), ("head_dim", -4)])
 def test_what_the_model_lacks_is_an_error_by_name(copy_of, key, value):
     with pytest.raises(UserError, match=f"config.json: .*{key}"):
-        read_folder(copy_of(**{key: value}))
+        read_model(copy_of(**{key: value}))
 
 
 @pytest.mark.parametrize("folder, name, weights, message", [
@@ -79,12 +80,13 @@ def test_what_the_model_lacks_is_an_error_by_name(copy_of, key, value):
     ("qwen2", "model.layers.7.bias", torch.ones(2), "Unexpected key.*model.layers.7.bias"),
     ("qwen2", "model.norm.weight", torch.ones(2), "size mismatch for model.norm.weight"),
     ("llama", "lm_head.weight", torch.ones(60, 16), "its LM head is its embedding, and holds two")])
-def test_weights_that_do_not_fit_are_named(folder, name, weights, message):
-    config, found = read_folder(FOLDERS / folder)
-    found[name] = weights
-    found = {key: value for key, value in found.items() if value is not None}
+def test_weights_that_do_not_fit_are_named(copy_of, folder, name, weights, message):
+    folder = copy_of(folder)
+    found = read_safetensors(folder / "model.safetensors") | {name: weights}
+    write_safetensors(folder / "model.safetensors", {
+        key: value for key, value in found.items() if value is not None})
     with pytest.raises(UserError, match=message):
-        load_weights(LanguageModel(config), found, "w")
+        read_model(folder)
 
 
 def test_bad_files_are_one_line_errors(copy_of):
@@ -99,7 +101,7 @@ def test_bad_files_are_one_line_errors(copy_of):
     for content in bad:
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(UserError, match="model.safetensors is missing, damaged") as caught:
-            read_folder(folder)
+            read_model(folder)
         assert "\n" not in str(caught.value)
 
 # Whole folders -----------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def base(tmp_path):
     (folder / "config.json").write_text(json.dumps(settings | {
         "vocab_size": 390, "max_position_embeddings": 256}))
     torch.manual_seed(1)
-    model = LanguageModel(read_config(folder / "config.json"))
+    model = LanguageModel(ModelConfig(**read_config(folder / "config.json")))
     weights = {name: 3 * w.detach() for name, w in model.model.named_parameters("model")}
     write_safetensors(folder / "model.safetensors", weights)
     return folder
@@ -143,7 +145,7 @@ def run(out_dir, **more):
 def test_a_generator_that_is_not_trained_is_its_folders_model(prepared):
     """With --steps=0, as in the paper's mathematics runs; rows of its vocabulary that its tokenizer
     cannot make are gone, and its context is the dataset's."""
-    _, weights = read_folder(prepared)
+    weights = read_model(prepared).state_dict()
     kept = load_checkpoint("out/mine-generator", "generator")
     for name, weight in weights.items():
         assert torch.equal(kept["model"][name], weight[:380])
@@ -153,32 +155,28 @@ def test_a_generator_that_is_not_trained_is_its_folders_model(prepared):
 def test_a_folder_and_a_dataset_that_do_not_fit_are_refused(prepared):
     own = open_dataset("mine").tokenizer
     with pytest.raises(UserError, match="tokenizer is bpe:300, not that of"):
-        read_folder(prepared, tokenizers.make("bpe:300", ["some text"]))
+        read_model(prepared, tokenizers.make("bpe:300", ["some text"]))
     with pytest.raises(UserError, match="reads 256 tokens, the dataset's rows have up to 257"):
-        read_folder(prepared, own, 257)
+        read_model(prepared, own, 257)
     settings = json.loads((prepared / "config.json").read_text())
     (prepared / "config.json").write_text(json.dumps(settings | {"vocab_size": 379}))
     with pytest.raises(UserError, match="knows 379 tokens, its tokenizer.json 380"):
-        read_folder(prepared, own)
+        read_model(prepared, own)
 
 
 def test_several_files_are_read_as_one(base):
-    _, whole = read_folder(base)
+    whole = read_safetensors(base / "model.safetensors")
     names = list(whole)
-    files = {name: f"model-{1 + (i > 5)}.safetensors" for i, name in enumerate(names)}
-    for file in set(files.values()):
-        write_safetensors(base / file, {name: whole[name] for name in names if files[name] == file})
-    index = base / "model.safetensors.index.json"
     (base / "model.safetensors").unlink()
-    for wrong, message in ((files | {"x": "model-1.safetensors"}, "do not both have x"),
-                           ({names[0]: "../model-1.safetensors"}, "does not name files of its")):
-        index.write_text(json.dumps({"weight_map": wrong}))
-        with pytest.raises(UserError, match=message):
-            read_folder(base)
-    index.write_text(json.dumps({"weight_map": files}))
-    _, found = read_folder(base)
-    assert found.keys() == whole.keys()
+    for number, some in ((1, names[:5]), (2, names[5:])):
+        file = base / f"model-0000{number}-of-00002.safetensors"
+        write_safetensors(file, {name: whole[name] for name in some})
+    found = read_model(base).state_dict()
+    assert found.keys() == whole.keys() | {"lm_head.weight"}
     assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+    file.unlink()
+    with pytest.raises(UserError, match="the weights of .* do not fit: .*Missing key"):
+        read_model(base)
 
 
 def test_stored_states_of_frozen_blocks_give_the_rewards_of_all_blocks(prepared):
@@ -281,8 +279,7 @@ def test_a_model_on_the_hub_is_fetched_once_and_checked(served, base, tmp_path, 
     with pytest.raises(UserError, match="owner/model is no folder here and could not be fetched"):
         hub.find_folder("owner/model")
     del served["cut"]
-    _, found = read_folder("owner/model")
-    _, expected = read_folder(base)
+    found, expected = (read_model(one).state_dict() for one in ("owner/model", base))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     monkeypatch.setattr(hub, "HUB", "http://127.0.0.1:9")       # nobody is asked again
     assert {path.name for path in hub.find_folder("owner/model").iterdir()} == {

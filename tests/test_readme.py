@@ -108,8 +108,8 @@ def test_size_and_rooms():
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                for room in imported(node) if room in rooms}
     assert len(README.splitlines()) <= 220
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in house) <= 6200
-    assert len(top_level(imports)) <= 37, sorted(top_level(imports))
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in house) <= 6103
+    assert len(top_level(imports)) <= 35, sorted(top_level(imports))
 
 
 def test_scripts_say_how_threads_wait_before_torch_is_loaded():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from config import choose, in_range, run_script, show
+from config import choose, in_range, run_script
 from data import tokenizer as tokenizers
 from data.dataset import Split, dataset_folder, open_array, write_dataset
 from data.toy.world import NEUTRAL, World, pairs, split_worlds
@@ -48,7 +48,6 @@ def write_truth(worlds, tokenizer, folder):
 
 
 def main(config):
-    show(config)
     in_range(config, 1, 10**6, "train", "test")
     in_range(config, 0, 1, "noise")
     in_range(config, 0, World.clauses - 1, "late")
