@@ -252,15 +252,11 @@ def original(name):
 def copies_of(task):
     """The copy's modules that a task is about, with this folder's functions for all other ones."""
     sys.path.insert(0, str(Path.cwd()))
-    modules = {}
-    for name in dict.fromkeys(name for name, _ in TASKS[task].functions):
-        module = modules[name] = importlib.import_module(name)
-        theirs_too = original(name)
-        mine = {function for file, function in TASKS[task].functions if file == name}
-        theirs = {function for other in TASKS.values() for _, function in other.functions}
-        for function in theirs - mine:
-            if hasattr(theirs_too, function):
-                setattr(module, function, getattr(theirs_too, function))
+    every = {about for one in TASKS.values() for about in one.functions}
+    modules = {name: importlib.import_module(name) for name, _ in TASKS[task].functions}
+    for name, function in every.difference(TASKS[task].functions):
+        if name in modules:
+            setattr(modules[name], function, getattr(original(name), function))
     return modules.values()
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
+sys.path.insert(0, str(ROOT))
 from benchmarks import mean_and_half_width
 from config import in_range, run_script
 from exercises.tasks import EXPERIMENT
-from study import Arm, run_draw
+from lab.study import Arm, run_draw
 
 
 @dataclass(frozen=True)

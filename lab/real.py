@@ -8,13 +8,10 @@ The last blocks of a pretrained model are trained on pairs; what lies below is r
 of stored candidates, whole or half-written, and by the first wrong steps that it finds. A run that
 stands in lab/real.jsonl is not repeated.
 """
-import os
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import NamedTuple
@@ -22,17 +19,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import HERE, UserError, autocast, pick_device, run_other, run_script
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from benchmarks import best_threshold, first_below, mean_and_half_width
 from bon import halve
-from data.dataset import open_array, open_dataset, write_array
-from data.files import fingerprint, load_checkpoint, read_records, write_records
+from data.dataset import chunks, open_array, open_dataset, write_array
+from data.files import fingerprint, load_checkpoint, read_records
 from data.frozen import states_of, store_states
 from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
 from data.rows import Row
 from evaluate import load_reward_model, score
+from lab.study import run_all
 from model import frozen_language_model
 
 RESULTS = HERE / "lab" / "real.jsonl"
@@ -94,6 +90,14 @@ def with_states(rows, trunk, folder):
     return [row._replace(below=part) for row, part in zip(rows, parts)]
 
 
+def three_by_three(rows):
+    """The nine pairs of one of RM-Bench's prompts -> a Row of its chosen and rejected responses, by
+    style."""
+    chosen = [row.responses[0] for row in rows[::3]]
+    rejected = [row.responses[1] for row in rows[:3]]
+    return Row(rows[-1].prompt, (*chosen, *rejected))
+
+
 class Measures:
     """The rows that every run is measured on, with the states below the trained blocks."""
 
@@ -107,20 +111,9 @@ class Measures:
         self.pairs = [split[i] for i in range(len(split))]
         about = dataset.tokenizer, dataset.block_size, True     # plain prompts are dialogues
         items, rows, _ = read_pair_rows(config.rm_bench, *about)
-        numbers = {}            # text of a prompt -> its number
-        texts = defaultdict(dict)       # number of a prompt -> {bytes of a response: it}
-        self.duels = []         # (number, chosen style below rejected style?, chosen, rejected)
-        for item, row in zip(items, rows):
-            number = numbers.setdefault(item.prompt, len(numbers))
-            chosen, rejected = (one.tobytes() for one in row.responses)
-            texts[number] |= {chosen: row.responses[0], rejected: row.responses[1]}
-            self.duels.append((number, item.cell[0] < item.cell[1], chosen, rejected))
-        if any(sum(duel[0] == i for duel in self.duels) != 9 for i in texts):
+        if [item.cell for item in items] != [*product(range(3), repeat=2)] * (len(rows) // 9):
             raise UserError(f"{config.rm_bench}: a prompt has not nine pairs")
-        self.keys = [list(some) for some in texts.values()]
-        prompts = {numbers[item.prompt]: row.prompt for item, row in zip(items, rows)}
-        rows = [Row(prompts[i], tuple(some.values())) for i, some in texts.items()]
-        self.styles = with_states(rows, trunk, folder)
+        self.styles = with_states([three_by_three(some) for some in chunks(rows, 9)], trunk, folder)
         self.items, rows, _ = read_candidate_rows(config.candidates, *about)
         self.candidates = with_states(rows[:CANDIDATES], trunk, folder)
         self.solutions, rows, self.ends = read_step_rows(config.steps, *about)
@@ -135,13 +128,9 @@ class Measures:
         def rewards_of(rows):
             return score(model, [row._replace(below=None) for row in rows] if whole else rows)
 
-        styles = [dict(zip(keys, rewards))
-                  for keys, rewards in zip(self.keys, rewards_of(self.styles))]
-        wins, hard = np.zeros((2, len(styles)), int)
-        for number, is_hard, chosen, rejected in self.duels:
-            win = styles[number][chosen][-1] > styles[number][rejected][-1]
-            wins[number] += win
-            hard[number] += win and is_hard
+        final = np.array([[r[-1] for r in some] for some in rewards_of(self.styles)])
+        won = final[:, :3, None] > final[:, None, 3:]       # (prompts, chosen, rejected style)
+        wins, hard = (some.sum((1, 2)) for some in (won, np.triu(won, 1)))
         rewards = rewards_of(self.candidates)
         picks = [[int(item.correct[halve(some, places)[0]]) for item, some in
                   zip(self.items, rewards)] for places in ((), HALVE)]
@@ -208,7 +197,7 @@ def run(config, measures, job):
     with autocast(pick_device("auto"), config.dtype):
         numbers = measures.of(folder, not how["unfrozen"])
     (folder / "ckpt.pt").unlink()
-    return {"pairs": config.name, "arm": arm.name, "seed": seed, "how": how, **numbers}
+    return [{"pairs": config.name, "arm": arm.name, "seed": seed, "how": how, **numbers}]
 
 
 def to_do(config, runs):
@@ -276,7 +265,6 @@ def tables(found):
 
 
 def main(config):
-    runs = read_records(RESULTS)
     if not config.tables:
         if not Path(f"data/{config.name}/dataset.json").exists():
             run_other("data/prepare.py", name=config.name, input=config.pairs, val_share=0.2,
@@ -284,15 +272,9 @@ def main(config):
         make_generator(config, "pretrained")
         with autocast(pick_device("auto"), config.dtype):
             measures = Measures(config)
-        os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
-        torch.set_num_threads(1)
-        with ThreadPool(config.workers) as pool:
-            jobs = to_do(config, runs)
-            found = pool.imap_unordered(partial(run, config, measures), jobs)
-            for one in tqdm(found, "runs", len(jobs)):
-                runs = [*runs, one]
-                write_records(RESULTS, runs)
-    print("\n".join(tables(runs)))
+        run_all(partial(run, config, measures), to_do(config, read_records(RESULTS)), RESULTS,
+                config.workers)
+    print("\n".join(tables(read_records(RESULTS))))
 
 
 if __name__ == "__main__":

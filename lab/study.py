@@ -165,13 +165,9 @@ def run_draw(job):
         key: round(value, 4) for key, value in some.items()} for arm, some in found.items()]
 
 
-def key_of(run):
-    return run["world"], run["draw"], run["arm"]
-
-
 def to_do(runs):
     """[(world, draw, arms without a run)], those first that most depends on."""
-    known, jobs = set(map(key_of, runs)), []
+    known, jobs = {(run["world"], run["draw"], run["arm"]) for run in runs}, []
     for first, (i, world) in product((True, False), enumerate(WORLDS)):
         arms = dict.fromkeys(([*FACTORIAL, *CONTROLS], FACTORIAL, IN_REGIMES)[min(i, 2)])
         for draw in DRAWS if i < 2 else FEW_DRAWS:
@@ -179,6 +175,17 @@ def to_do(runs):
                        and (world, draw, arm.name) not in known]
             jobs += [(world, draw, missing)] if missing else []
     return jobs
+
+
+def run_all(run_job, jobs, results, workers):
+    """Do jobs, so many at a time with one thread each, and add their runs to a file of results."""
+    runs = read_records(results)
+    os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
+    torch.set_num_threads(1)
+    with ThreadPool(workers) as pool:
+        for found in tqdm(pool.imap_unordered(run_job, jobs), "jobs", len(jobs)):
+            runs += [one for one in found if one not in runs]   # the judges come with every job
+            write_records(results, runs)
 
 
 # Tables ------------------------------------------------------------------------------------------
@@ -270,16 +277,9 @@ def tables(runs):
 
 def main(config):
     in_range(config, 1, 64, "workers")
-    runs = read_records(RESULTS)
     if not config.tables:
-        os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
-        torch.set_num_threads(1)
-        jobs = to_do(runs)
-        with ThreadPool(config.workers) as pool:
-            for found in tqdm(pool.imap_unordered(run_draw, jobs), "draws", len(jobs)):
-                known = set(map(key_of, runs))      # the judges come with every job of a draw
-                runs += [one for one in found if key_of(one) not in known]
-                write_records(RESULTS, runs)
+        run_all(run_draw, to_do(read_records(RESULTS)), RESULTS, config.workers)
+    runs = read_records(RESULTS)
     print(tables(runs))
     if config.svg:
         write_text(config.svg, picture(runs))

@@ -1,7 +1,4 @@
 """Shared by the tests: a small toy dataset and one small finished run on it, made once."""
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -68,11 +65,3 @@ def tiny():
     model = RewardModel(sizes).eval()
     torch.nn.init.normal_(model.score.weight)
     return model
-
-
-@pytest.fixture
-def real_data():
-    """The folder of real files named by ICRM_REAL_DATA; the test is skipped without it."""
-    if not os.environ.get("ICRM_REAL_DATA"):
-        pytest.skip("ICRM_REAL_DATA names no folder of real files")
-    return Path(os.environ["ICRM_REAL_DATA"])

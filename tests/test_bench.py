@@ -25,7 +25,7 @@ def test_every_step_has_the_terms_and_the_gradient_of_the_padded_one(monkeypatch
     for name in bench.STEPS:
         run = bench.Bench(config(), torch.device("cpu"), 80)
         torch.nn.init.normal_(run.model.score.weight)
-        probs = [[np.exp(part) for part in parts]
+        probs = [[np.exp(part) * (name != bench.STEPS[0]) for part in parts]
                  for parts in response_logprobs(run.generator, rows)]
         terms.append(run.step(name, rows, probs) | {"S": run.S.item()})
     assert gradients[0].norm() > 0.1

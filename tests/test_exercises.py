@@ -15,75 +15,66 @@ EXERCISES = ROOT / "exercises"
 sys.path.append(str(EXERCISES))
 tasks = importlib.import_module("tasks")
 
+SOLVED = ("regularizer.py", "bon.py", "dpo.py", "data/probs.py")
 LOGITS = "value_logits(rewards, mask)"
 QUIET = "masked_mean(p * (rewards[:, 1:] - rewards[:, :-1]) ** 2, links)"
-# Name: (task, file, what stands there, what a student writes).
+# Name: (task, what stands in one of its files, what a student writes).
 WRONG = {
-    "mean over padding": (1, "regularizer", "mask.sum(dim).clamp(min=1)",
-                          "torch.ones_like(x).sum(dim)"),
-    "padding times zero": (1, "regularizer", "torch.where(mask, x, 0.0).sum(dim)",
-                           "(mask * x).sum(dim)"),
-    "no clamp": (1, "regularizer", "mask.sum(dim).clamp(min=1)", "mask.sum(dim)"),
-    "sum for mean": (1, "regularizer", " / mask.sum(dim).clamp(min=1)", ""),
-    "mask on one end": (1, "regularizer", "return mask[:, :-1] & mask[:, 1:]",
-                        "return mask[:, :-1]"),
-    "links of neighbours too many": (1, "regularizer", "return mask[:, :-1] & mask[:, 1:]",
+    "mean over padding": (1, "mask.sum(dim).clamp(min=1)", "torch.ones_like(x).sum(dim)"),
+    "padding times zero": (1, "torch.where(mask, x, 0.0).sum(dim)", "(mask * x).sum(dim)"),
+    "no clamp": (1, "mask.sum(dim).clamp(min=1)", "mask.sum(dim)"),
+    "sum for mean": (1, " / mask.sum(dim).clamp(min=1)", ""),
+    "mask on one end": (1, "return mask[:, :-1] & mask[:, 1:]", "return mask[:, :-1]"),
+    "links of neighbours too many": (1, "return mask[:, :-1] & mask[:, 1:]",
                                      "return mask[:, :-1] | mask[:, 1:]"),
-    "missing detach": (2, "regularizer", "dim=1).detach()[:, None]", "dim=1)[:, None]"),
-    "wrong detach": (2, "regularizer", "rewards[:B] - means[B:]",
-                     "rewards[:B].detach() - means[B:]"),
-    "sigma outside the mean": (2, "regularizer", "masked_mean(rewards, mask, dim=1)",
+    "missing detach": (2, "dim=1).detach()[:, None]", "dim=1)[:, None]"),
+    "wrong detach": (2, "rewards[:B] - means[B:]", "rewards[:B].detach() - means[B:]"),
+    "sigma outside the mean": (2, "masked_mean(rewards, mask, dim=1)",
                                "masked_mean(torch.sigmoid(rewards), mask, dim=1)"),
-    "own mean": (2, "regularizer", "rewards[:B] - means[B:]", "rewards[:B] - means[:B]"),
-    "rejected not negated": (2, "regularizer", "means[:B] - rewards[B:]",
-                             "rewards[B:] - means[:B]"),
-    "one mean for the batch": (2, "regularizer", "masked_mean(rewards, mask, dim=1).detach()",
+    "own mean": (2, "rewards[:B] - means[B:]", "rewards[:B] - means[:B]"),
+    "rejected not negated": (2, "means[:B] - rewards[B:]", "rewards[B:] - means[:B]"),
+    "one mean for the batch": (2, "masked_mean(rewards, mask, dim=1).detach()",
                                "masked_mean(rewards, mask).expand(len(mask)).detach()"),
-    "z for its logit": (2, "regularizer", "torch.cat([rewards[:B] - means[B:], means[:B] - "
+    "z for its logit": (2, "torch.cat([rewards[:B] - means[B:], means[:B] - "
                         "rewards[B:]])", "torch.cat([rewards[:B] - means[B:], means[:B] - "
                         "rewards[B:]]).sigmoid()"),
-    "padding goes on": (2, "regularizer", "rewards = torch.where(mask, rewards, 0.0)\n    means",
-                        "means"),
-    "log of sigma z": (3, "regularizer", f"F.logsigmoid({LOGITS}){' ' * 19}# (2B, T)\n    z =",
+    "padding goes on": (2, "rewards = torch.where(mask, rewards, 0.0)\n    means", "means"),
+    "log of sigma z": (3, f"F.logsigmoid({LOGITS}){' ' * 19}# (2B, T)\n    z =",
                        f"torch.sigmoid({LOGITS}).log()\n    z ="),
-    "padding of p": (3, "regularizer", f"p, links = links_of(probs, mask){' ' * 36}# (2B, T-1)\n",
+    "padding of p": (3, f"p, links = links_of(probs, mask){' ' * 36}# (2B, T-1)\n",
                      "p, links = probs, link_mask(mask)\n"),
-    "z moves": (3, "regularizer", "z = log_z.detach().exp()", "z = log_z.exp()"),
-    "p of the wrong token": (3, "regularizer", "penalty = masked_mean(2 * p * l, links)",
+    "z moves": (3, "z = log_z.detach().exp()", "z = log_z.exp()"),
+    "p of the wrong token": (3, "penalty = masked_mean(2 * p * l, links)",
                              "penalty = masked_mean(2 * p.roll(1, 1) * l, links)"),
-    "half of the loss": (3, "regularizer", " + z[:, :-1] * log_z[:, 1:])", ")"),
-    "a token with itself": (3, "regularizer", "(z[:, 1:] * log_z[:, :-1]",
-                            "(z[:, :-1] * log_z[:, :-1]"),
-    "not by p": (3, "regularizer", "masked_mean(2 * p * l, links)", "masked_mean(2 * l, links)"),
-    "one neighbour's weight": (3, "regularizer", " + F.pad(p * z[:, 1:], (0, 1))", ""),
-    "p where 1 - p stands": (4, "regularizer", ".abs() - (1 - p)) ** 2", ".abs() - p) ** 2"),
-    "one-sided gap": (4, "regularizer", "(z[:, 1:] - z[:, :-1]).abs() - (1",
-                      "(z[:, 1:] - z[:, :-1]) - (1"),
-    "not squared": (4, "regularizer", " - (1 - p)) ** 2, links)", " - (1 - p)), links)"),
-    "one end stands still": (4, "regularizer", "(z[:, 1:] - z[:, :-1]).abs()",
+    "half of the loss": (3, " + z[:, :-1] * log_z[:, 1:])", ")"),
+    "a token with itself": (3, "(z[:, 1:] * log_z[:, :-1]", "(z[:, :-1] * log_z[:, :-1]"),
+    "not by p": (3, "masked_mean(2 * p * l, links)", "masked_mean(2 * l, links)"),
+    "one neighbour's weight": (3, " + F.pad(p * z[:, 1:], (0, 1))", ""),
+    "p where 1 - p stands": (4, ".abs() - (1 - p)) ** 2", ".abs() - p) ** 2"),
+    "one-sided gap": (4, "(z[:, 1:] - z[:, :-1]).abs() - (1", "(z[:, 1:] - z[:, :-1]) - (1"),
+    "not squared": (4, " - (1 - p)) ** 2, links)", " - (1 - p)), links)"),
+    "one end stands still": (4, "(z[:, 1:] - z[:, :-1]).abs()",
                              "(z[:, 1:].detach() - z[:, :-1]).abs()"),
-    "zeros for uniform": (5, "data/probs", "np.ones(len(p), np.float32)",
-                          "np.zeros(len(p), np.float32)"),
-    "a shift is no shuffle": (5, "data/probs", "np.random.default_rng([i, side]).permutation("
+    "zeros for uniform": (5, "np.ones(len(p), np.float32)", "np.zeros(len(p), np.float32)"),
+    "a shift is no shuffle": (5, "np.random.default_rng([i, side]).permutation("
                               "p[1:])", "np.roll(p[1:], 1)"),
-    "one permutation for all": (5, "data/probs", "default_rng([i, side])", "default_rng(0)"),
-    "another shuffle every time": (5, "data/probs", "default_rng([i, side])", "default_rng()"),
-    "the first token moves": (5, "data/probs", "np.concatenate([p[:1], np.random.default_rng("
+    "one permutation for all": (5, "default_rng([i, side])", "default_rng(0)"),
+    "another shuffle every time": (5, "default_rng([i, side])", "default_rng()"),
+    "the first token moves": (5, "np.concatenate([p[:1], np.random.default_rng("
                               "[i, side]).permutation(p[1:])])",
                               "np.random.default_rng([i, side]).permutation(p)"),
-    "with replacement": (6, "bon", "math.comb(int(c), n) / math.comb(len(place), n)",
+    "with replacement": (6, "math.comb(int(c), n) / math.comb(len(place), n)",
                          "(int(c) / len(place)) ** n"),
-    "ties go to the first": (6, "bon", "np.diff(among) / size", "np.diff(among)"),
-    "the sum of losses": (6, "dpo", "F.logsigmoid(beta * margin).mean()",
+    "ties go to the first": (6, "np.diff(among) / size", "np.diff(among)"),
+    "the sum of losses": (6, "F.logsigmoid(beta * margin).mean()",
                           "F.logsigmoid(beta * margin).sum()"),
-    "log of sigma": (6, "dpo", "F.logsigmoid(beta * margin)", "torch.sigmoid(beta * margin).log()"),
-    "padding is read": (7, "regularizer", QUIET, QUIET.replace("masked_mean", "torch.mean").replace(
+    "log of sigma": (6, "F.logsigmoid(beta * margin)", "torch.sigmoid(beta * margin).log()"),
+    "padding is read": (7, QUIET, QUIET.replace("masked_mean", "torch.mean").replace(
         ", links", "")),
-    "in place": (7, "regularizer", f"return {QUIET}", f"probs[:] = 0.5\n    return {QUIET}"),
-    "a constant": (7, "regularizer", QUIET, "rewards.sum() * 0 + 1"),
-    "batch-mates": (7, "regularizer", QUIET,
-                    QUIET.replace("rewards[:, :-1]", "rewards[mask].mean()")),
-    "without p": (7, "regularizer", QUIET, QUIET.replace("p * ", "")),
+    "in place": (7, f"return {QUIET}", f"probs[:] = 0.5\n    return {QUIET}"),
+    "a constant": (7, QUIET, "rewards.sum() * 0 + 1"),
+    "batch-mates": (7, QUIET, QUIET.replace("rewards[:, :-1]", "rewards[mask].mean()")),
+    "without p": (7, QUIET, QUIET.replace("p * ", "")),
 }
 
 
@@ -113,9 +104,8 @@ def copy(tmp_path_factory):
     """A student's copy with everything solved; experiment.json is the source's."""
     folder = tmp_path_factory.mktemp("copy") / "copy"
     subprocess.run([sys.executable, EXERCISES / "start.py", folder], check=True)
-    for name in ("regularizer", "bon", "dpo", "data/probs"):
-        (folder / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    (folder / tasks.EXPERIMENT).write_text((ROOT / tasks.EXPERIMENT).read_text())
+    for name in (*SOLVED, tasks.EXPERIMENT):
+        (folder / name).write_text((ROOT / name).read_text())
     return folder
 
 
@@ -137,8 +127,8 @@ def test_every_task_but_the_experiment_has_wrong_answers():
 @pytest.mark.parametrize("name", [      # every third one in the quick suite
     pytest.param(name, marks=[pytest.mark.slow] * bool(i % 3)) for i, name in enumerate(WRONG)])
 def test_a_wrong_answer_loses_the_points_of_its_task_alone(copy, name):
-    task, file, right, wrong = WRONG[name]
-    path = copy / f"{file}.py"
+    task, right, wrong = WRONG[name]
+    path, = (copy / file for file in SOLVED if right in (copy / file).read_text())
     text = path.read_text()
     assert text.count(right) == 1, name
     path.write_text(text.replace(right, wrong))
@@ -160,9 +150,13 @@ def test_an_experiment_that_claims_more_than_it_found_has_no_points(copy, change
 
 
 @pytest.mark.slow
-def test_grading_prints_points_and_survives_a_loop_and_an_exit(copy):
+def test_grading_prints_points_and_survives_a_loop_and_an_exit(copy, monkeypatch):
     path = copy / "regularizer.py"
     text = path.read_text()
+    grade = importlib.import_module("grade")
+    monkeypatch.setattr(grade, "SECONDS", 4)
+    path.write_text(text + "\nwhile True:\n    pass\n")
+    assert grade.check(copy, 1) == "it takes longer than 4 seconds"
     path.write_text(text + "\nimport os\nos._exit(0)\n")
     done = subprocess.run([sys.executable, EXERCISES / "grade.py", copy], capture_output=True,
                           text=True)

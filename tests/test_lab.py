@@ -1,45 +1,26 @@
 """The laboratory: its arms, its pairing, and tables that are those of its runs."""
-import importlib.util
 import itertools
 import math
-import sys
 from pathlib import Path
 from statistics import harmonic_mean, stdev
 
 import numpy as np
 import pytest
 
-from bon import halve
+from bon import best_of_n, halve, same_tokens
 from config import UserError, parse
 from data.files import read_records
 from data.pairs import Item
 from data.probs import PROBS
 from data.toy.prepare import ToyConfig
 from generator import GeneratorConfig
+from lab import real, study
 from regularizer import READOUTS, REGULARIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "lab" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def study(monkeypatch):
-    return load("study", monkeypatch)
-
-
-@pytest.fixture
-def real(monkeypatch):
-    return load("real", monkeypatch)
-
-
-def test_arms_are_known_distinct_and_meet_the_baseline(study):
+def test_arms_are_known_distinct_and_meet_the_baseline():
     for worlds, arms, _ in study.TABLES.values():
         assert {*worlds} <= {*study.WORLDS, "earlier"} and len(set(arms)) == len(arms)
         assert arms[0] == study.BASE == study.Arm("none", "last", "generator")
@@ -55,7 +36,7 @@ def test_arms_are_known_distinct_and_meet_the_baseline(study):
     assert [world for world, *_ in everything[:21]] == ["sum"] * 20 + ["veto"]
 
 
-def test_a_draws_missing_arms_alone_are_run(study):
+def test_a_draws_missing_arms_alone_are_run():
     runs = [{"world": "sum", "draw": 300, "arm": arm.name} for arm in study.FACTORIAL]
     jobs = study.to_do(runs)
     assert jobs[0][:2] == ("sum", 301) and set(jobs[0][2]) == set(study.FIRST)
@@ -63,13 +44,13 @@ def test_a_draws_missing_arms_alone_are_run(study):
     assert set(missing) == set(study.CONTROLS) - set(study.FACTORIAL)
 
 
-def test_settings_of_every_world_are_understood(study):
+def test_settings_of_every_world_are_understood():
     for data, how in study.WORLDS.values():
         parse(ToyConfig, [f"--{key}={value}" for key, value in data.items()])
         parse(GeneratorConfig, [f"--{key}={value}" for key, value in how.items()])
 
 
-def test_differences_are_paired_by_draw(study, monkeypatch):
+def test_differences_are_paired_by_draw(monkeypatch):
     arms = [study.BASE, study.Arm("icrm")]
     monkeypatch.setattr(study, "FEW_DRAWS", range(3))
     runs = [{"world": "sum", "draw": draw, "arm": arm.name, "val": 0.1 * draw + 0.2 * i}
@@ -80,7 +61,7 @@ def test_differences_are_paired_by_draw(study, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-def test_the_sign_flip_p_is_that_of_all_flips(study, n):
+def test_the_sign_flip_p_is_that_of_all_flips(n):
     differences = np.random.default_rng(n).normal(0.5, 1, n).round(1)   # ties and zeros too
     sums = [abs(sum(s * d for s, d in zip(signs, differences)))
             for signs in itertools.product((-1, 1), repeat=n)]
@@ -88,7 +69,7 @@ def test_the_sign_flip_p_is_that_of_all_flips(study, n):
     assert study.sign_flip_p(differences) == pytest.approx(expected)
 
 
-def test_a_dagger_stands_for_what_survives_all_looks(study):
+def test_a_dagger_stands_for_what_survives_all_looks():
     arms, rng = [study.BASE, study.Arm("icrm")], np.random.default_rng(0)
     noise = rng.normal(size=20)
     for gain, mark in ((2.0, "†**)"), (0.8, "**)")):
@@ -99,21 +80,26 @@ def test_a_dagger_stands_for_what_survives_all_looks(study):
         assert text.endswith(mark) and text.count("†") == mark.count("†")
 
 
-def test_what_search_picks_is_what_bon_says_of_each_prompt(study):
+def test_what_search_picks_is_what_bon_says_of_each_prompt():
     rng = np.random.default_rng(1)
     rewards = [[rng.normal(size=n) for n in rng.integers(20, 60, 64)] for _ in range(3)]
     worth = [rng.integers(-3, 5, 64).tolist() for _ in rewards]
     found = study.search_measures(rewards, worth)
     picks = [w[halve(r, (12, 20, 28))[0]] for r, w in zip(rewards, worth)]
     assert found["38%"] == pytest.approx(np.mean(picks))
-    assert found["best of 64"] == np.mean([w[np.argmax([one[-1] for one in r])]
-                                           for r, w in zip(rewards, worth)])
+    final = [[one[-1] for one in r] for r in rewards]
+    assert found["best of 64"] == np.mean([w[np.argmax(r)] for r, w in zip(final, worth)])
+    best = [best_of_n(r, w, 16) for r, w in zip(final, worth)]
+    assert found["best of 16"] == pytest.approx(np.mean(best))
+    spent = [halve(r, (12, 20, 28))[1] / sum(map(len, r)) for r in rewards]
+    fewer = list(map(same_tokens, final, worth, spent))
+    assert found["fewer"] == pytest.approx(np.mean(fewer))
     assert found["spent 25%"] < found["spent 38%"] < found["spent 50%"] < 1
     assert set(found) >= set(study.SEARCH)
 
 
 @pytest.mark.slow
-def test_a_draw_of_the_study_is_run_and_leaves_no_file(study, tmp_path, monkeypatch):
+def test_a_draw_of_the_study_is_run_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "CANDIDATES", study.BonConfig(prompts=4, samples=64, device="cpu"))
     monkeypatch.setitem(study.WORLDS, "veto", ({"gold": "veto", "train": 60, "test": 40},
@@ -124,27 +110,26 @@ def test_a_draw_of_the_study_is_run_and_leaves_no_file(study, tmp_path, monkeypa
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_tables_in_the_pages_are_those_of_the_runs(study):
+def test_tables_in_the_pages_are_those_of_the_runs():
     printed = set(study.tables(read_records(study.RESULTS)).splitlines())
     laboratory = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = readme[readme.index("## What was found"):readme.index("## The toy world")]
-    for page, least in ((laboratory, 18), (found, 7)):
-        quoted = [line for line in page.splitlines() if line.startswith("| `none")
-                  or line.startswith("| `icrm") or line.startswith("| `dense")]
-        assert len(quoted) >= least and not [line for line in quoted if line not in printed]
+    for page, least in ((laboratory[laboratory.index("## Tables"):], 100), (found, 9)):
+        quoted = {line for line in page.splitlines() if line.startswith("|")}
+        assert len(quoted) >= least and quoted <= printed
 
 
 # Real labels -------------------------------------------------------------------------------------
 
-def test_arms_on_real_labels_are_known_and_distinct(real):
+def test_arms_on_real_labels_are_known_and_distinct():
     assert len({arm.name for arm in real.ARMS}) == len(real.ARMS) == 19
     assert real.ARMS[0] == real.Arm("last", "none")
     for arm in real.ARMS:
         assert arm.regularizer in REGULARIZERS and arm.probs in PROBS and arm.readout in READOUTS
 
 
-def test_differences_on_real_labels_are_paired_by_case_and_by_seed(real):
+def test_differences_on_real_labels_are_paired_by_case_and_by_seed():
     rng = np.random.default_rng(0)
     keys = [(arm, seed) for arm in ("none", "icrm") for seed in (0, 1, 2)]
     digits = {key: rng.integers(0, 10, 50) for key in keys}
@@ -160,7 +145,7 @@ def test_differences_on_real_labels_are_paired_by_case_and_by_seed(real):
     assert "(" not in real.cell(runs, "none", "none", "RM-Bench")
 
 
-def test_f1_is_that_of_each_seed(real):
+def test_f1_is_that_of_each_seed():
     runs = {("none", seed): {"first error": first, "none before it": none}
             for seed, first, none in ((0, "1000", "10"), (1, "1100", "11"), (2, "0000", "10"))}
     scores = [harmonic_mean(pair) for pair in ((0.25, 0.5), (0.5, 1.0), (0.0, 0.5))]
@@ -168,7 +153,7 @@ def test_f1_is_that_of_each_seed(real):
     assert real.f1_cell(runs, "none") == f"{np.mean(scores):.3f} ± {half:.3f}"
 
 
-def test_first_wrong_steps_are_found_by_a_threshold_chosen_on_the_other_prompts(real):
+def test_first_wrong_steps_are_found_by_a_threshold_chosen_on_the_other_prompts():
     """Rewards of odd prompts are lower by 10: the threshold chosen on them finds no step of even
     ones, and that of even ones finds the first step of each odd one; the fall tells all."""
     items = [(prompt, error) for prompt in range(4) for error in (0, 1, 2)]
@@ -182,7 +167,7 @@ def test_first_wrong_steps_are_found_by_a_threshold_chosen_on_the_other_prompts(
     assert falls.all()
 
 
-def test_a_run_on_real_labels_that_stands_in_the_results_is_not_repeated(real):
+def test_a_run_on_real_labels_that_stands_in_the_results_is_not_repeated():
     config, every = real.RealConfig(name="mine"), real.to_do(real.RealConfig(), [])
     assert len(every) == len(set(every)) == 3 * (len(real.ARMS) - 1) + 1
     runs = [{"pairs": "mine", "arm": arm.name, "seed": seed, "how": real.settings_of(config, arm)}

@@ -76,35 +76,19 @@ def test_a_text_is_marked_at_its_first_token_where_others_begin_with_the_same_on
     assert [kind for *_, kind in trace] == [*kinds, 0] and set(kinds) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("world", [World(), World(late=3), World(gold="veto")])
 @pytest.mark.parametrize("done, so_far, pending", [
-    (0, 0, None), (3, 1, None), (4, -2, 40), (5, 1, 3), (6, 1, None)])
-def test_the_exact_value_equals_enumeration(late, done, so_far, pending):
-    def courses(n):     # of n clauses that may be evidence
-        return [(sum(signs), math.prod(0.3 if sign else 0.4 for sign in signs))
-                for signs in itertools.product((-1, 0, 1), repeat=n)]
-    ahead = min(6 - done - (pending is not None), 6 - late)     # a pending remark decides nothing
-    expected = sum(p * q * ((so_far + a > b) + 0.5 * (so_far + a == b))
-                   for a, p in courses(ahead) for b, q in courses(6 - late))
-    assert World(late=late).value(State(4 + done, so_far, pending)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("done, so_far, pending", [
-    (0, 0, None), (3, 1, None), (4, -1, 40), (5, 2, 3)])
-def test_the_exact_value_of_a_veto_equals_enumeration(done, so_far, pending):
-    def courses(n, so_far=0):
+    (0, 0, None), (3, 1, None), (4, -1, 40), (5, 2, 3), (6, 1, None)])
+def test_the_exact_value_equals_enumeration(world, done, so_far, pending):
+    def courses(n, so_far=0):       # of n clauses that may be evidence
         for pieces in itertools.product((-1, 0, 1), repeat=n):
-            spoiled = so_far < 0 or -1 in pieces
+            spoiled = world.gold == "veto" and min(so_far, *pieces, 0) < 0
             p = math.prod(0.3 if piece else 0.4 for piece in pieces)
             yield (-1 if spoiled else so_far + sum(pieces)), p
-    mine = list(courses(6 - done - (pending is not None), so_far))
-    expected = sum(p * q * ((a > b) + 0.5 * (a == b)) for a, p in mine for b, q in courses(6))
-    world = World(gold="veto")
+    most = 6 - world.late
+    mine = list(courses(min(6 - done - (pending is not None), most), so_far))
+    expected = sum(p * q * ((a > b) + 0.5 * (a == b)) for a, p in mine for b, q in courses(most))
     assert world.value(State(4 + done, so_far, pending)) == pytest.approx(expected)
-    good, bad = EVIDENCE[0], EVIDENCE[-1]
-    for text, gold in ((f": {good}, x; joy was told; {good}, x.", 2), (": joy was told.", 0),
-                       (f": {good}, x; {bad}, x; {good}, x.", -1)):
-        assert world.gold_of(text) == gold
 
 
 def test_the_settings_of_a_world_change_what_they_say():
@@ -119,6 +103,10 @@ def test_the_settings_of_a_world_change_what_they_say():
     assert kinds == [{"filler"}] * 3 + [{"filler", "evidence"}] * 3
     fillers = (len(set(World(fillers=n).choices(State(4)))) - len(EVIDENCE) for n in (1, 24, 144))
     assert list(fillers) == [1, 24, 144]
+    good, bad = EVIDENCE[0], EVIDENCE[-1]
+    for text, gold in ((f": {good}, x; joy was told; {good}, x.", 2), (": joy was told.", 0),
+                       (f": {good}, x; {bad}, x; {good}, x.", -1)):
+        assert World(gold="veto").gold_of(text) == gold
 
 
 def test_pairs_are_the_same_for_a_seed_and_the_chosen_one_has_more_gold():
@@ -163,16 +151,11 @@ def test_what_is_known_of_the_tokens_stands_at_their_places(toy):
         assert 0.2 < np.mean(wrong) < 0.4 if name == "train" else not any(wrong)
 
 
-def test_the_controls_of_p_keep_what_they_should(toy):
-    probs = [Probs(kind, toy, toy.folder) for kind in (*PROBS, "shuffled")]
-    generator, uniform, shuffled, exact, again = (
-        [part for i in range(200) for part in one[i]] for one in probs)
-    assert all(map(np.array_equal, shuffled, again)) and all(map(np.array_equal, generator, exact))
-    assert all(map(np.array_equal, uniform, map(np.ones_like, generator)))
-    assert all(a[0] == b[0] and sorted(a) == sorted(b) for a, b in zip(generator, shuffled))
-    assert np.mean([a[1] != b[1] for a, b in zip(generator, shuffled)]) > 0.9
-    correlations = [np.corrcoef(a[1:], b[1:])[0, 1] for a, b in zip(generator, shuffled)]
-    assert len(correlations) == 400 and abs(np.mean(correlations)) < 0.02
+def test_p_of_every_kind_is_that_of_the_same_responses(toy):
+    """What uniform and shuffled make of them: exercises/checks.py."""
+    probs = [Probs(kind, toy, toy.folder) for kind in PROBS]
+    generator, _, _, exact = ([part for i in range(200) for part in one[i]] for one in probs)
+    assert all(map(np.array_equal, generator, exact)) and len(generator) == 400
     assert len({one.fingerprint for one in probs}) == 4
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import config
 import train
 from config import UserError
 from conftest import quick_generator, save_edited, small_run
@@ -35,7 +34,7 @@ def run(out_dir, **more):
 def command(out_dir, **more):
     """The arguments of `python train.py` for the same run."""
     settings = vars(small_run(out_dir, **more)).items()
-    return [str(ROOT / "train.py"), *(f"--{key}={value}" for key, value in settings if value != "")]
+    return [str(ROOT / "train.py"), *(f"--{key}={value}" for key, value in settings)]
 
 
 def execute(*arguments):
@@ -199,7 +198,7 @@ def test_resume_refuses_other_settings_data_and_p_by_name(inside):
     shutil.copytree("out/run", "out/fixed")
     refused("--learning_rate=0.002, not 0.1", learning_rate=0.1)
     refused("--probs=generator, not uniform", probs="uniform")
-    for name in ("data", "p"):
+    for name in ("data", "p", "regularizer.py"):
         checkpoint = load_checkpoint("out/run", "reward model")
         checkpoint["inputs"][name] = "of yesterday"
         save_edited(checkpoint, "out/fixed/ckpt.pt")
@@ -273,15 +272,6 @@ def test_labels_and_the_readout_of_training_are_those_of_evaluation(labelled):
     rows = [open_dataset("toy").split("val")[0]]
     found, model.readout = score(model, rows)[0][1], "last"
     assert np.allclose(found, 0.1 * np.cumsum(score(model, rows)[0][1]), atol=1e-5)
-
-
-def test_a_missing_generator_is_made_by_its_script(inside, capfd):
-    def small(script, **settings):
-        config.run_other(script, **settings, steps=3, n_layer=1, n_head=2, n_embd=32)
-    with mock.patch.object(train, "run_other", small):
-        run("out/fresh", generator="out/fresh-generator", steps=2)
-    assert "+ python generator.py --dataset=toy" in capfd.readouterr().out
-    assert load_checkpoint("out/fresh-generator", "generator")["step"] == 3
 
 
 # Several processes ------------------------------------------------------------------------------
