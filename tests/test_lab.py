@@ -111,7 +111,9 @@ def test_a_draw_of_the_study_is_run_and_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_tables_in_the_pages_are_those_of_the_runs():
-    printed = set(study.tables(read_records(study.RESULTS)).splitlines())
+    runs = read_records(study.RESULTS)
+    printed = set(study.tables(runs).splitlines())
+    assert (ROOT / "lab" / "search.svg").read_text(encoding="utf-8") == study.picture(runs)
     laboratory = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = readme[readme.index("## What was found"):readme.index("## The toy world")]

@@ -27,6 +27,7 @@ from data.files import file_digest, load_checkpoint, read_json, write_json
 from data.tokenizer_json import read_tokenizer
 from data.weights import read_config, read_safetensors
 from evaluate import load_reward_model, score
+from lab import real
 from model import LanguageModel, ModelConfig
 from pretrained import write_safetensors
 
@@ -215,6 +216,31 @@ def test_an_exported_model_is_the_trained_one_in_the_layout_it_came_in(prepared)
                       ("sum", "only --readout=last")):
         with pytest.raises(UserError, match=why):
             pretrained.main(pretrained.ExportConfig(f"out/{name}", "exported"))
+
+
+@pytest.mark.slow
+def test_a_run_of_the_study_on_real_labels_is_measured_on_all_that_it_names(prepared, monkeypatch):
+    monkeypatch.setattr(real, "RESULTS", Path("real.jsonl").resolve())
+    monkeypatch.setattr(real, "UNFROZEN", 1)
+    monkeypatch.setattr(real, "TRAINING", dict(steps=2, batch_size=8))
+    monkeypatch.setattr(real, "to_do", lambda *_: [(real.Arm("last"), 0), (real.ARMS[-1], 0)])
+    monkeypatch.setattr(real, "SCRATCH", dict(n_layer=1, n_head=2, n_embd=16))
+    texts = [f"answer {i}" for i in range(6)]
+    rows = {"styles": [{"prompt": f"Q{i}?", "chosen": texts[:3], "rejected": texts[3:],
+                        "domain": "chat"} for i in range(3)],
+            "candidates": [{"prompt": f"Q{i}?", "responses": [
+                {"text": text, "correct": text[-1] == "3"} for text in texts]} for i in range(4)],
+            "steps": [{"prompt": f"Q{i}?", "steps": texts[:3], "first_error": i} for i in range(3)]}
+    for name, some in rows.items():
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    real.main(real.RealConfig(str(prepared), "mine", rm_bench="styles.jsonl", dtype="float32",
+                              candidates="candidates.jsonl", steps="steps.jsonl"))
+    for one in map(json.loads, Path("real.jsonl").read_text().splitlines()):
+        measured = read_json(f"out/real/mine/{one['arm']}-seed0/eval.json", "x")["splits"]["val"]
+        hits = list(map(int, one["held out"]))
+        assert len(hits) == measured["n"] and np.mean(hits) == measured["accuracy"]
+        assert [len(one[name]) for name in list(real.MEASURES)[1:]] == [3, 3, 4, 4, 3, 2, 3]
+        assert max(map(int, one["RM-Bench hard"])) <= 3 and 0 < one["spent"] <= 1
 
 
 # The hub -----------------------------------------------------------------------------------------
