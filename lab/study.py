@@ -90,7 +90,6 @@ TABLES = {
                          *POLICIES[2:]], BRIEF),
     "Which regularizer?": (["sum"], [arm for arm in FACTORIAL if arm.readout == "last"], ACCURACY),
     "Which p?": (["sum"], [BASE, *CONTROLS], ACCURACY),
-    "Which p? An earlier study's draws, 200 to 209": (["earlier"], [BASE, *CONTROLS], ACCURACY),
     "Read-out and regularizer": (["sum"], FACTORIAL, ACCURACY),
     "Search": (["sum"], FACTORIAL, SEARCH),
     "Which p, in search?": (["sum"], [BASE, *CONTROLS], SEARCH),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_arms_are_known_distinct_and_meet_the_baseline():
     for worlds, arms, _ in study.TABLES.values():
-        assert {*worlds} <= {*study.WORLDS, "earlier"} and len(set(arms)) == len(arms)
+        assert {*worlds} <= {*study.WORLDS} and len(set(arms)) == len(arms)
         assert arms[0] == study.BASE == study.Arm("none", "last", "generator")
         for arm in arms:
             assert arm.regularizer in REGULARIZERS
