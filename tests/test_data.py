@@ -311,7 +311,7 @@ def test_bpe_merges_the_most_frequent_neighbours_first():
 
 
 def test_gpt2_without_a_network_and_unknown_tokenizers_say_what_to_do(monkeypatch):
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", mock.Mock(side_effect=ConnectionError))
+    monkeypatch.setattr(tokenizers.openai_public, "gpt2", mock.Mock(side_effect=ConnectionError))
     for name, message in (("gpt2", "--tokenizer=bpe:4096"), ("words", "257"), ("bpe:12", "257")):
         with pytest.raises(UserError, match=message):
             tokenizers.make(name, [])
