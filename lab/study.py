@@ -84,6 +84,7 @@ SEARCH = ("best of 16", "best of 64", "fewer", *HALVE)
 BRIEF = ("val", "swapped", "corr(z,V)", "best of 64", "38%")
 PAIRS_FROM = {"": "sampled", "swapped": "swapped"}     # dpo.py's setting: the name of its column
 POLICY = [f"{what}, {name}" for name in PAIRS_FROM.values() for what in ("gold", "KL")]
+PREFIXES = "38% less best of 64"    # what is gained by judging half-written answers alone
 # Question: its worlds, arms, columns. A world's first row is what its others differ from.
 TABLES = {
     "In short": (["sum"], [BASE, Arm("icrm"), Arm("icrm", "last", "uniform"), *FIRST[4:],
@@ -91,8 +92,11 @@ TABLES = {
     "Which regularizer?": (["sum"], [arm for arm in FACTORIAL if arm.readout == "last"], ACCURACY),
     "Which p?": (["sum"], [BASE, *CONTROLS], ACCURACY),
     "Read-out and regularizer": (["sum"], FACTORIAL, ACCURACY),
-    "Search": (["sum"], FACTORIAL, SEARCH),
+    "Search": (["sum"], FACTORIAL, (*SEARCH, PREFIXES)),
     "Which p, in search?": (["sum"], [BASE, *CONTROLS], SEARCH),
+    **{f"Against {base.name}": (["sum"], [base, *others], (*BRIEF, "leak")) for base, *others in [
+        FACTORIAL[3::3] + CONTROLS[1:4], CONTROLS[4:8], CONTROLS[8:], FACTORIAL[1::3],
+        FACTORIAL[2::3]]},
     "A gold that is no sum": (["veto"], FACTORIAL, ACCURACY),
     "Search, where gold is no sum": (["veto"], FACTORIAL, SEARCH),
     "Policies": (["sum"], POLICIES, POLICY),
@@ -202,8 +206,8 @@ def sign_flip_p(differences):
 
 def number_of_looks():
     """How many differences the tables show."""
-    return len({(world, arm, column) for worlds, arms, columns in TABLES.values()
-                for arm in [*arms, *JUDGES * ("38%" in columns)] if arm != BASE
+    return len({(world, arm, arms[0], column) for worlds, arms, columns in TABLES.values()
+                for arm in [*arms, *JUDGES * ("38%" in columns)] if arm != arms[0]
                 for world, column in product(worlds, columns)})
 
 
@@ -213,16 +217,16 @@ def draws_of(known, world, arm, column):
             if (place, name) == (world, arm) and column in one}
 
 
-def cell(known, world, arm, column):
-    """An arm's mean, and its difference to the baseline's ± half its 95% interval, paired by draw;
+def cell(known, world, arm, column, base=BASE.name):
+    """An arm's mean, and its difference to the base's ± half its 95% interval, paired by draw;
     bold where that excludes 0, with a dagger where its p times the number of looks (Bonferroni) is
     below 0.05 too."""
-    mine, its = (draws_of(known, world, which, column) for which in (arm, BASE.name))
+    mine, its = (draws_of(known, world, which, column) for which in (arm, base))
     if len(mine) < len(FEW_DRAWS):
         return ""
     mean = f"{np.mean(list(mine.values())):.3f}"
     differences = [mine[draw] - its[draw] for draw in mine if draw in its]
-    if arm == BASE.name or len(differences) < 2:
+    if arm == base or len(differences) < 2:
         return mean
     difference, half = mean_and_half_width(differences)
     sure = "†" * (sign_flip_p(differences) * number_of_looks() < 0.05)
@@ -233,7 +237,8 @@ def cell(known, world, arm, column):
 def table(runs, worlds, arms, columns):
     """The lines of a Markdown table of the arms with enough draws; under what is asked of search,
     two judges more."""
-    known = {(one["world"], one["arm"], one["draw"]): one for one in runs}
+    known = {(one["world"], one["arm"], one["draw"]): one | (
+        {PREFIXES: one["38%"] - one["best of 64"]} if "38%" in one else {}) for one in runs}
     head = [*["world"] * (len(worlds) > 1), "regularizer", "p", "read-out", "draws", *columns]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rows = [(arm.name, f"`{arm.regularizer}`", arm.probs if arm.regularizer in USES_P else "",
@@ -242,7 +247,7 @@ def table(runs, worlds, arms, columns):
     for world, (name, *about) in product(worlds, rows):
         count = max(len(draws_of(known, world, name, column)) for column in columns)
         if count >= len(FEW_DRAWS):
-            cells = [cell(known, world, name, column) for column in columns]
+            cells = [cell(known, world, name, column, arms[0].name) for column in columns]
             cells = [world, *about, str(count), *cells][len(worlds) == 1:]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
