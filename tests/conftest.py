@@ -1,4 +1,6 @@
 """Shared by the tests: a small toy dataset and one small finished run on it, made once."""
+import signal
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from data.weights import read_folder
 from model import ModelConfig, RewardModel, pretrained_language_model
 
 torch.set_num_threads(1)     # the models are tiny, and the machine may be busy
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background, and nohup, have
+signal.signal(signal.SIGHUP, signal.SIG_DFL)                # them ignored, and scripts obey that
 
 
 @pytest.fixture(scope="session")
