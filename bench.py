@@ -107,12 +107,11 @@ def useful_work(rows, model):
 
 def seconds(call, device):
     """How long a call takes, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
     started = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - started
 
 
@@ -122,10 +121,6 @@ def matrix_peak(device, dtype):
     a, b = torch.randn(2, n, n, device=device)
     with autocast(device, dtype):
         return max(2 * n ** 3 / seconds(partial(torch.matmul, a, b), device) for _ in range(4))
-
-
-def spread(ratios):
-    return f"{np.median(ratios):.2f} ({np.min(ratios):.2f} to {np.max(ratios):.2f})"
 
 
 def measure_steps(bench, lengths):
@@ -143,8 +138,9 @@ def measure_steps(bench, lengths):
     times = np.array(found).T                                           # (steps, turns)
     print(f"{'step':24}{'pairs/s':>9}{'tokens/s':>10}{'of peak':>9}  its time / train.py's")
     for name, t in zip(STEPS, times):
+        low, middle, high = np.quantile(t / times[2], (0, 0.5, 1))
         print(f"{name:24}{np.median(config.pairs / t):9.2f}{np.median(tokens / t):10.0f}"
-              f"{np.median(work / t):9.2f}  {spread(t / times[2])}")
+              f"{np.median(work / t):9.2f}  {middle:.2f} ({low:.2f} to {high:.2f})")
 
 
 def main(config):

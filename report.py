@@ -18,8 +18,7 @@ from config import HERE, UserError, in_range, run_script
 import numpy as np
 
 from benchmarks import sigmoid
-from bon import (BonConfig, compare_ways, curve, exact_values, obtain_candidates,
-                 open_generator)
+from bon import (BonConfig, compare_ways, curve, exact_values, obtain_candidates, open_generator)
 from data.dataset import open_dataset
 from data.files import write_text
 from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,

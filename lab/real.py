@@ -3,10 +3,9 @@
     python lab/real.py --name=harmless --pairs=A --rm_bench=B --candidates=C --steps=D
     python lab/real.py --tables=True        print the tables of lab/real.jsonl; nothing is trained
 
-The last blocks of a pretrained model are trained on pairs; what lies below is read once. A run is
-`python train.py` with one arm's settings, measured on held-out pairs, on RM-Bench, by what it picks
-of stored candidates, whole or half-written, and by the first wrong steps that it finds. A run that
-stands in lab/real.jsonl is not repeated.
+The last blocks of a pretrained model are trained on pairs by `python train.py`; what lies below is
+read once. A run is measured on held-out pairs, on RM-Bench, by what it picks of candidates, whole
+or half-written, and by the first wrong steps it finds; if lab/real.jsonl has it, it's not repeated.
 """
 import sys
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from data.frozen import states_of, store_states
 from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
 from data.rows import Row
 from evaluate import load_reward_model, score
-from lab.study import run_all
+from lab.study import USES_P, run_all
 from model import frozen_language_model
 
 RESULTS = HERE / "lab" / "real.jsonl"
@@ -74,6 +73,9 @@ FIRST = [*ARMS[:6], Arm("sum"), Arm("mean"), Arm("sum", "icrm")]    # on which m
 # What is measured, and the highest digit that a case has in lab/real.jsonl.
 MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1,
             "first error": 1, "none before it": 1, "largest drop": 1}
+# The columns of each table; F1 is of both shares before it.
+TABLES = {"Pairs and candidates": [*MEASURES][:5],
+          "First wrong steps": ["first error", "none before it", "F1", "largest drop"]}
 
 
 # What is measured --------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class Measures:
         trunk.to(pick_device("auto"))
         trunk.freeze(len(trunk.layers) - UNFROZEN)
         self.frozen, split = trunk.frozen, dataset.split("val")
-        split.below = store_states(trunk, dataset, ("val",), folder)["val"]
+        split.below = store_states(trunk, dataset, ("train", "val"), folder)["val"]
         self.pairs = [split[i] for i in range(len(split))]
         about = dataset.tokenizer, dataset.block_size, True     # plain prompts are dialogues
         items, rows, _ = read_pair_rows(config.rm_bench, *about)
@@ -203,8 +205,7 @@ def run(config, measures, job):
 def to_do(config, runs):
     """The (arm, seed) that have no run yet; one of other settings is refused."""
     known = {(one["arm"], one["seed"]): one["how"] for one in runs if one["pairs"] == config.name}
-    arms = [arm for arm in dict.fromkeys([*FIRST, *ARMS]) if arm.generator == "pretrained"]
-    jobs = [*product(arms, SEEDS), (ARMS[-1], SEEDS[0])]
+    jobs = [*product(dict.fromkeys([*FIRST, *ARMS[:-1]]), SEEDS), (ARMS[-1], SEEDS[0])]
     for arm, seed in jobs:
         if known.get((arm.name, seed), settings_of(config, arm)) != settings_of(config, arm):
             raise UserError(f"{RESULTS} has {arm.name} with other settings; take it out there")
@@ -241,26 +242,28 @@ def f1_cell(runs, arm):
     return "{:.3f} ± {:.3f}".format(*mean_and_half_width(scores))
 
 
-def table(found):
+def table(found, columns):
     """The lines of a Markdown table of the arms that have all their seeds (from scratch: one)."""
     runs = {(one["arm"], one["seed"]): one for one in found}
-    lines = ["| " + " | ".join(["read-out", "regularizer", "λ", "p", *MEASURES, "F1"]) + " |",
-             "|" + " --- |" * (5 + len(MEASURES))]
+    lines = ["| " + " | ".join(["read-out", "regularizer", "λ", "p", *columns]) + " |",
+             "|" + " --- |" * (4 + len(columns))]
     for arm in ARMS:
         seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
         if len(seeds) == len(SEEDS) or seeds and arm.generator == "scratch":
-            cells = [cell(runs, arm.name, ARMS[0].name, name) for name in MEASURES]
-            how = [arm.readout, f"`{arm.regularizer}`", str(arm.reg_weight), arm.probs]
-            how[2:] = ["", ""] if arm.regularizer == "none" else how[2:]
-            how[1] += ", from random weights" * (arm.generator == "scratch")
-            lines.append("| " + " | ".join([*how, *cells, f1_cell(runs, arm.name)]) + " |")
+            cells = [f1_cell(runs, arm.name) if name == "F1" else
+                     cell(runs, arm.name, ARMS[0].name, name) for name in columns]
+            which = f"`{arm.regularizer}`" + ", from random weights" * (arm.generator == "scratch")
+            weight = "" if arm.regularizer == "none" else str(arm.reg_weight)
+            probs = arm.probs if arm.regularizer in USES_P else ""
+            lines.append("| " + " | ".join([arm.readout, which, weight, probs, *cells]) + " |")
     return lines
 
 
 def tables(found):
     lines = []
-    for name in dict.fromkeys(one["pairs"] for one in found):
-        lines += [f"### {name}", "", *table([one for one in found if one["pairs"] == name]), ""]
+    for name, title in product(dict.fromkeys(one["pairs"] for one in found), TABLES):
+        some = [one for one in found if one["pairs"] == name]
+        lines += [f"### {title}: {name}", "", *table(some, TABLES[title]), ""]
     return lines
 
 
