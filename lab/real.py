@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import best_threshold, first_below, mean_and_half_width
 from bon import halve
 from data.dataset import chunks, open_array, open_dataset, write_array
-from data.files import fingerprint, load_checkpoint, read_records
+from data.files import fingerprint, load_checkpoint, read_records, write_records
 from data.frozen import states_of, store_states
 from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
 from data.rows import Row
@@ -70,6 +70,7 @@ WAYS = (("none",), ("icrm",), ("icrm", 0.1), ("icrm", 0.5, "uniform"), ("dense_b
 ARMS = [Arm(readout, *way) for readout in ("last", "sum", "mean") for way in WAYS]
 ARMS.append(Arm(generator="scratch"))
 FIRST = [*ARMS[:6], Arm("sum"), Arm("mean"), Arm("sum", "icrm")]    # on which most depends
+JUDGES = ("length", "chance")   # to compare with: the longer one, a random reward
 # What is measured, and the highest digit that a case has in lab/real.jsonl.
 MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1,
             "first error": 1, "none before it": 1, "largest drop": 1}
@@ -121,15 +122,9 @@ class Measures:
         self.solutions, rows, self.ends = read_step_rows(config.steps, *about)
         self.steps = with_states(rows, trunk, folder)
 
-    def of(self, folder, whole):
-        """A trained run's folder -> for each of MEASURES a digit of each case; whole: all blocks
-        were trained, so they are read."""
-        model, _, _ = load_reward_model(folder, "auto")
-        model.model.frozen = self.frozen
-
-        def rewards_of(rows):
-            return score(model, [row._replace(below=None) for row in rows] if whole else rows)
-
+    def of(self, rewards_of):
+        """A judge, rows -> the rewards of their responses -> for each of MEASURES a digit of each
+        case."""
         final = np.array([[r[-1] for r in some] for some in rewards_of(self.styles)])
         won = final[:, :3, None] > final[:, None, 3:]       # (prompts, chosen, rejected style)
         wins, hard = (some.sum((1, 2)) for some in (won, np.triu(won, 1)))
@@ -162,6 +157,20 @@ class Measures:
                 first[i] = first_below(rewards[i], threshold)
         before = ((first < 0) | (first >= errors))[errors > 0]
         return [digits.astype(int) for digits in (first == errors, before, falls == errors)]
+
+
+def run_as_judge(folder, frozen, whole, rows):
+    """A trained run's rewards; whole: all blocks were trained, so they are read."""
+    model, _, _ = load_reward_model(folder, "auto")
+    model.model.frozen = frozen
+    return score(model, [row._replace(below=None) for row in rows] if whole else rows)
+
+
+def as_judge(name, seed, rows):
+    """The rewards of one of JUDGES."""
+    rng = np.random.default_rng(seed)
+    return [[rng.random(len(one)) if name == "chance" else np.arange(len(one))
+             for one in row.responses] for row in rows]
 
 
 # Runs --------------------------------------------------------------------------------------------
@@ -197,7 +206,7 @@ def run(config, measures, job):
     run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
               eval_interval=10**6, **arm._asdict() | how)
     with autocast(pick_device("auto"), config.dtype):
-        numbers = measures.of(folder, not how["unfrozen"])
+        numbers = measures.of(partial(run_as_judge, folder, measures.frozen, not how["unfrozen"]))
     (folder / "ckpt.pt").unlink()
     return [{"pairs": config.name, "arm": arm.name, "seed": seed, "how": how, **numbers}]
 
@@ -247,15 +256,17 @@ def table(found, columns):
     runs = {(one["arm"], one["seed"]): one for one in found}
     lines = ["| " + " | ".join(["read-out", "regularizer", "λ", "p", *columns]) + " |",
              "|" + " --- |" * (4 + len(columns))]
-    for arm in ARMS:
-        seeds = [seed for seed in SEEDS if (arm.name, seed) in runs]
-        if len(seeds) == len(SEEDS) or seeds and arm.generator == "scratch":
-            cells = [f1_cell(runs, arm.name) if name == "F1" else
-                     cell(runs, arm.name, ARMS[0].name, name) for name in columns]
-            which = f"`{arm.regularizer}`" + ", from random weights" * (arm.generator == "scratch")
-            weight = "" if arm.regularizer == "none" else str(arm.reg_weight)
-            probs = arm.probs if arm.regularizer in USES_P else ""
-            lines.append("| " + " | ".join([arm.readout, which, weight, probs, *cells]) + " |")
+    rows = [(arm.name, arm.readout,
+             f"`{arm.regularizer}`" + ", from random weights" * (arm.generator == "scratch"),
+             "" if arm.regularizer == "none" else str(arm.reg_weight),
+             arm.probs if arm.regularizer in USES_P else "") for arm in ARMS]
+    rows += [(name, "", name, "", "") for name in JUDGES]
+    for name, *about in rows:
+        seeds = [seed for seed in SEEDS if (name, seed) in runs]
+        if len(seeds) == len(SEEDS) or seeds and name == ARMS[-1].name:
+            cells = [f1_cell(runs, name) if column == "F1" else
+                     cell(runs, name, ARMS[0].name, column) for column in columns]
+            lines.append("| " + " | ".join([*about, *cells]) + " |")
     return lines
 
 
@@ -275,6 +286,11 @@ def main(config):
         make_generator(config, "pretrained")
         with autocast(pick_device("auto"), config.dtype):
             measures = Measures(config)
+        judged = [{"pairs": config.name, "arm": name, "seed": seed, "how": {},
+                   **measures.of(partial(as_judge, name, seed))}
+                  for name, seed in product(JUDGES, SEEDS)]
+        runs = read_records(RESULTS)
+        write_records(RESULTS, runs + [one for one in judged if one not in runs])
         run_all(partial(run, config, measures), to_do(config, read_records(RESULTS)), RESULTS,
                 config.workers)
     print("\n".join(tables(read_records(RESULTS))))

@@ -235,7 +235,11 @@ def test_a_run_of_the_study_on_real_labels_is_measured_on_all_that_it_names(prep
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     real.main(real.RealConfig(str(prepared), "mine", rm_bench="styles.jsonl", dtype="float32",
                               candidates="candidates.jsonl", steps="steps.jsonl"))
-    for one in map(json.loads, Path("real.jsonl").read_text().splitlines()):
+    runs = list(map(json.loads, Path("real.jsonl").read_text().splitlines()))
+    assert {one["arm"] for one in runs[:6]} == {*real.JUDGES} and len(runs) == 8
+    assert runs[0]["held out"] == "".join(str(int(len(a) > len(b))) for a, b in (
+        open_dataset("mine").split("val")[i].responses for i in range(len(runs[0]["held out"]))))
+    for one in runs[6:]:
         measured = read_json(f"out/real/mine/{one['arm']}-seed0/eval.json", "x")["splits"]["val"]
         hits = list(map(int, one["held out"]))
         assert len(hits) == measured["n"] and np.mean(hits) == measured["accuracy"]
