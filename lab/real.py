@@ -242,9 +242,8 @@ def cell(runs, arm, base, name):
 
 
 def f1_cell(runs, arm):
-    """ProcessBench's F1, the harmonic mean of finding the first error and none before it: its mean
-    ± half a 95% interval over seeds."""
-    both = (shares(runs, arm, name).mean(1) for name in ("first error", "none before it"))
+    """ProcessBench's F1 of an arm, its mean ± half a 95% interval over seeds."""
+    both = (shares(runs, arm, name).mean(1).tolist() for name in ("first error", "none before it"))
     scores = list(map(harmonic_mean, zip(*both)))       # of each seed
     if len(scores) < 2:
         return f"{scores[0]:.3f}"
@@ -252,20 +251,21 @@ def f1_cell(runs, arm):
 
 
 def table(found, columns):
-    """The lines of a Markdown table of the arms that have all their seeds (from scratch: one)."""
+    """The lines of a Markdown table of the arms that have all their seeds (from scratch: one); the
+    base of a regularizer is none with its read-out, of all others none with the first."""
     runs = {(one["arm"], one["seed"]): one for one in found}
     lines = ["| " + " | ".join(["read-out", "regularizer", "λ", "p", *columns]) + " |",
              "|" + " --- |" * (4 + len(columns))]
-    rows = [(arm.name, arm.readout,
+    rows = [(arm.name, Arm("last" if arm.regularizer == "none" else arm.readout).name, arm.readout,
              f"`{arm.regularizer}`" + ", from random weights" * (arm.generator == "scratch"),
              "" if arm.regularizer == "none" else str(arm.reg_weight),
              arm.probs if arm.regularizer in USES_P else "") for arm in ARMS]
-    rows += [(name, "", name, "", "") for name in JUDGES]
-    for name, *about in rows:
+    rows += [(name, ARMS[0].name, "", name, "", "") for name in JUDGES]
+    for name, base, *about in rows:
         seeds = [seed for seed in SEEDS if (name, seed) in runs]
         if len(seeds) == len(SEEDS) or seeds and name == ARMS[-1].name:
             cells = [f1_cell(runs, name) if column == "F1" else
-                     cell(runs, name, ARMS[0].name, column) for column in columns]
+                     cell(runs, name, base, column) for column in columns]
             lines.append("| " + " | ".join([*about, *cells]) + " |")
     return lines
 
