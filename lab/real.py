@@ -159,10 +159,8 @@ class Measures:
         return [digits.astype(int) for digits in (first == errors, before, falls == errors)]
 
 
-def run_as_judge(folder, frozen, whole, rows):
-    """A trained run's rewards; whole: all blocks were trained, so they are read."""
-    model, _, _ = load_reward_model(folder, "auto")
-    model.model.frozen = frozen
+def run_as_judge(model, whole, rows):
+    """A trained model's rewards; whole: all blocks were trained, so they are read."""
     return score(model, [row._replace(below=None) for row in rows] if whole else rows)
 
 
@@ -205,8 +203,10 @@ def run(config, measures, job):
     make_generator(config, arm.generator)
     run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
               eval_interval=10**6, **arm._asdict() | how)
+    model, _, _ = load_reward_model(folder, "auto")
+    model.model.frozen = measures.frozen
     with autocast(pick_device("auto"), config.dtype):
-        numbers = measures.of(partial(run_as_judge, folder, measures.frozen, not how["unfrozen"]))
+        numbers = measures.of(partial(run_as_judge, model, not how["unfrozen"]))
     (folder / "ckpt.pt").unlink()
     return [{"pairs": config.name, "arm": arm.name, "seed": seed, "how": how, **numbers}]
 
