@@ -151,8 +151,8 @@ def first_error_scores(rewards, first_errors, threshold):
     found = [first_below(r, threshold) for r in rewards]
     wrong = [a == b for a, b in zip(found, first_errors) if b >= 0]
     right = [a == b for a, b in zip(found, first_errors) if b < 0]
-    error, correct = (sum(kind) / len(kind) if kind else None for kind in (wrong, right))
-    f1 = float(harmonic_mean([error, correct])) if wrong and right else None
+    error, correct = (float(np.mean(kind)) if kind else None for kind in (wrong, right))
+    f1 = harmonic_mean([error, correct]) if wrong and right else None
     return {"error_accuracy": error, "correct_accuracy": correct, "f1": f1, "wrong": len(wrong),
             "right": len(right), "threshold": threshold}
 

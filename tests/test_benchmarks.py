@@ -94,7 +94,7 @@ def test_the_first_error_is_the_first_step_below_the_threshold_and_the_best_one_
     assert benchmarks.first_error_scores([[1.0]], [-1], 0.0)["f1"] is None
     assert benchmarks.first_error_scores([[1.0], [1.0]], [0, -1], 0.0)["f1"] == 0.0
     rng = np.random.default_rng(2)
-    errors = [int(rng.integers(-1, 5)) for _ in range(60)]
+    errors = rng.integers(-1, 5, size=60)
     rewards = [rng.normal(np.where(np.arange(5) == e, -1, 2), 1.5) for e in errors]
     best = benchmarks.best_threshold(rewards, errors)
     found = [benchmarks.first_error_scores(rewards, errors, t) for t in (best, *range(-4, 5))]
