@@ -234,7 +234,7 @@ def cell(runs, arm, base, name):
     prompts), the seeds' mean of each, ± over seeds."""
     mine, its = (shares(runs, one, name) for one in (arm, base))
     mean = f"{mine.mean():.3f}"
-    if arm == base or mine.shape != its.shape:
+    if arm == base or not 1 < len(mine) == len(its):
         return mean
     by_case = 1.96 * (mine - its).mean(0).std(ddof=1) / np.sqrt(mine.shape[1])
     difference, by_seed = mean_and_half_width((mine - its).mean(1))

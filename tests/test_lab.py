@@ -145,6 +145,9 @@ def test_differences_on_real_labels_are_paired_by_case_and_by_seed():
     assert real.cell(runs, "icrm", "none", "RM-Bench") == (
         f"{mean:.3f} ({np.mean(cases):+.3f} ± {by_case:.3f} ± {by_seed:.3f})")
     assert "(" not in real.cell(runs, "none", "none", "RM-Bench")
+    for some in ({("none", 0)}, {("none", 0), ("none", 1), ("none", 2)}):   # one seed of icrm
+        fewer = {key: run for key, run in runs.items() if key in some | {("icrm", 0)}}
+        assert real.cell(fewer, "icrm", "none", "RM-Bench") == f"{digits['icrm', 0].mean() / 9:.3f}"
 
 
 def test_f1_is_that_of_each_seed():
