@@ -196,9 +196,8 @@ def open_generator(tokenizer, checkpoint, config):
     on the toy world, their gold.  -> LanguageModel, Dataset, a function of Rows to lists of worths
     """
     generator, its_tokenizer = load_generator(checkpoint["settings"]["generator"], config.device)
-    dataset = open_dataset(checkpoint["settings"]["dataset"])
+    dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
     check_fit("generator", its_tokenizer, tokenizer)
-    check_fit("dataset", dataset.tokenizer, tokenizer)
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)
         check_fit("judge", its_tokenizer, tokenizer, judge, generator)

@@ -192,9 +192,8 @@ def main(config):
     settings, judge = checkpoint["settings"], None
     reference, its_tokenizer = load_generator(config.generator or settings["generator"],
                                               config.device)
-    dataset = open_dataset(settings["dataset"])
+    dataset = open_dataset(settings["dataset"], checkpoint["inputs"]["data"])
     check_fit("generator", its_tokenizer, tokenizer)
-    check_fit("dataset", dataset.tokenizer, tokenizer)
     check_fit("reward model", tokenizer, tokenizer, reward_model, reference)
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)

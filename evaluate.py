@@ -256,7 +256,8 @@ def print_table(results):
 def compare_runs(folders):
     """Print runs, one column each, differences to the first in brackets; -> {folder: eval.json}."""
     runs = {one: read_json(Path(one) / "eval.json", "train.py [--resume=True]") for one in folders}
-    datasets = sorted({run["settings"]["dataset"] for run in runs.values()})
+    datasets = sorted({f"{run['settings']['dataset']} ({str(run.get('data'))[:8]})"
+                       for run in runs.values()})
     if len(datasets) > 1:
         raise UserError(f"runs on different datasets are not compared: {', '.join(datasets)}")
     lines = [["", *(Path(folder).name for folder in runs)]]
@@ -285,8 +286,7 @@ def main(config):
         elif config.steps:
             results = evaluate_steps(model, tokenizer, config)
         else:
-            dataset = open_dataset(checkpoint["settings"]["dataset"])
-            check_fit("dataset", dataset.tokenizer, tokenizer)
+            dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
             results = {"splits": evaluate_splits(model, dataset)}
             print_table(results["splits"])
     if config.json:

@@ -13,6 +13,7 @@ import numpy as np
 from data.files import load_checkpoint, load_json, write_atomically, write_text
 from data.hub import find_folder
 from data.tokenizer import from_dict
+from data.tokenizer_json import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ def export(checkpoint, folder):
                         "would know its tokenizer")
     if checkpoint["settings"]["readout"] != "last":
         raise UserError("only --readout=last is a reward that other programs compute")
-    base, tokenizer = find_folder(base), from_dict(checkpoint["tokenizer"])
+    tokenizer = from_dict(checkpoint["tokenizer"])
+    if read_tokenizer(base).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{base}, which its generator started from, has another tokenizer now")
+    base = find_folder(base)
+    if folder.resolve() == base.resolve():
+        raise UserError(f"{folder} holds the pretrained model itself; name another --out")
     known = load_json(base / "config.json", "the save_pretrained of transformers")
     written = {} if tokenizer.turns is None else tokenizer.turns.start + tokenizer.turns.head
     free = [name for name, i in tokenizer.special.items()

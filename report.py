@@ -208,9 +208,8 @@ def table(lines):
 
 def open_model(path, device):
     """-> RewardModel, its checkpoint, its Dataset, the Split val, exact values beside it or None"""
-    model, tokenizer, checkpoint = load_reward_model(path, device)
-    dataset = open_dataset(checkpoint["settings"]["dataset"])
-    check_fit("dataset", dataset.tokenizer, tokenizer)
+    model, _, checkpoint = load_reward_model(path, device)
+    dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
     if dataset.kind == "labels":
         raise UserError("responses with labels are no pairs; nothing is drawn of them")
     exact = dataset.array("val", "exact-value") if dataset.kind == "toy" else None

@@ -232,13 +232,13 @@ def obtain_inputs(config):
         run_other("data/toy/prepare.py")
     if (Path(config.generator) / "p.json").exists():
         return
-    tokenizer, how = open_dataset(config.dataset).tokenizer, {"dataset": config.dataset}
+    tokenizer = open_dataset(config.dataset).tokenizer
+    how = {"dataset": config.dataset, "dtype": config.dtype}
     if tokenizer.pretrained:        # a pretrained model's: it is the generator, as it is
         how |= {"init_from": tokenizer.name, "steps": 0}
     if (Path(config.generator) / "ckpt.pt").exists():       # it goes on as it began
         how = load_checkpoint(config.generator, "generator")["settings"] | {"resume": True}
-    run_other("generator.py", **how | {"out_dir": config.generator, "device": config.device,
-                                       "dtype": config.dtype})
+    run_other("generator.py", **how | {"out_dir": config.generator, "device": config.device})
 
 
 def main(config):
@@ -267,7 +267,8 @@ def main(config):
     if team.first:
         results = evaluate_splits(model, dataset, val)
         write_json(Path(config.out_dir) / "eval.json",
-                   {"settings": dataclasses.asdict(config), "splits": results})
+                   {"settings": dataclasses.asdict(config), "data": dataset.fingerprint,
+                    "splits": results})
         print_table(results)
         print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json; {time.time() - started:.0f}s")
     if team.size > 1:

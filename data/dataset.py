@@ -113,11 +113,14 @@ class Dataset:
                             for what in ("tokens", "lengths")])
 
 
-def open_dataset(name):
-    """A prepared dataset's name -> Dataset."""
+def open_dataset(name, trained_on=None):
+    """A prepared dataset's name -> Dataset; trained_on: the fingerprint that it must have."""
     make = f"data/prepare.py --name={name} --input=FILE (or data/toy/prepare.py --name={name})"
     path = dataset_folder(name) / "dataset.json"
-    return Dataset(path.parent, read_json(path, make))
+    dataset = Dataset(path.parent, read_json(path, make))
+    if trained_on not in (None, dataset.fingerprint):
+        raise UserError(f"data/{name} was made anew since the model was trained on it; train again")
+    return dataset
 
 
 def write_dataset(folder, rows, splits, tokenizer, block_size, kind="pairs", left_out=None,

@@ -85,6 +85,8 @@ def parse_candidates(row, as_dialogue=False):
     check_text("prompt", prompt)
     if not is_list_of(str, texts):
         raise BadRow("a response without text")
+    for text in texts:
+        check_blanks("a response", text)
     if not all(map(is_number, correct)):
         raise BadRow("a response without 'correct' or 'label' (true, false or a finite number)")
     answers = [name_of(one, "answer").strip() for one in responses]
@@ -101,6 +103,7 @@ def parse_steps(row, as_dialogue=False):
     if type(error) is not int or error not in range(-1, len(steps)):
         raise BadRow(f"'first_error' is not a whole number (from -1 to {len(steps) - 1})")
     text = "\n".join(steps)
+    check_blanks("a solution", text)
     prompt, spaced = dialogue(as_dialogue, prompt_of(row), text)
     check_text("prompt", prompt)
     ends = accumulate((len(step) + 1 for step in steps), initial=len(spaced) - len(text))
@@ -242,6 +245,10 @@ def check_text(name, text):
         raise BadRow(f"{name} is {what}")
     if not text.strip():
         raise BadRow(f"{name} is empty")
+    check_blanks(name, text)
+
+
+def check_blanks(name, text):
     if len(text) > BLANK and max(map(len, re.findall(r"\s+", text)), default=0) >= BLANK:
         raise BadRow(f"{name} has {BLANK} white spaces in a row")
 

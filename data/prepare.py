@@ -242,6 +242,7 @@ def main(config):
     config = replace(config, name=config.name or config.source, every=config.every or source.every,
                      val_share=config.val_share or source.val_share)
     in_range(config, 0, 1, "val_share")
+    in_range(config, -math.inf, math.inf, "threshold")      # not a number is refused
     in_range(config, 1, 10**6, "every", "block_size")
     if config.name == "toy":
         raise UserError("'toy' is made by data/toy/prepare.py; choose another --name")

@@ -12,8 +12,8 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,8 +134,8 @@ class Tokenizer:
             prompt, *texts = row
             return [self.encode_prompt(prompt), *([] if text is None else self.encode_reply(text)
                                                   for text in texts)]
-        with ThreadPool() as pool:
-            return pool.map(encode_row, rows)
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(encode_row, rows))
 
     def decode(self, tokens):
         """Token ids -> text; bytes that are not UTF-8 become the replacement character."""

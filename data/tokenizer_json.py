@@ -6,7 +6,7 @@ error by name, never other tokens. Unlike there, a special token's name in data 
 from config import UserError
 from data.files import load_json
 from data.hub import find_folder
-from data.tokenizer import Tokenizer
+from data.tokenizer import FORMATS, Tokenizer
 
 # How text is cut before merging, as tokenizer.json says it -> the same as one pattern of tiktoken.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -62,6 +62,11 @@ def convert(name, found):
     special = {token["content"]: token["id"] for token in found["added_tokens"]}
     turns = next((turns for turns, end in ENDS.items() if end in special), "plain")
     end = ENDS.get(turns) or next((end for end in PLAIN_ENDS if end in special), None)
+    marks = {part for parts in FORMATS[turns] or () for part in parts if part.startswith("<|")}
+    if not marks <= special.keys():
+        raise UserError(f"no {min(marks - special.keys())} among the added tokens")
+    if len({*special.values(), *model["vocab"].values()}) < len(special.keys() | model["vocab"]):
+        raise UserError("two tokens have one id")
     if end is None:
         raise UserError(f"no known end of a response among the added tokens {list(special)!s:.99}")
     bytes_of = byte_alphabet()

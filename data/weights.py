@@ -89,6 +89,8 @@ def read_folder(name, tokenizer=None, block_size=0):
                         f"it with --tokenizer={name}")
     whole, weights = folder / "model.safetensors", {}
     parts = [] if whole.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
+    if len({file.name[-17:] for file in parts}) > 1:
+        raise UserError(f"{folder} holds the parts of more than one model")
     for file in parts or [whole]:
         weights |= read_safetensors(file)
     if tokenizer:

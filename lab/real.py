@@ -82,8 +82,7 @@ TABLES = {"Pairs and candidates": [*MEASURES][:5],
 # What is measured --------------------------------------------------------------------------------
 
 def with_states(rows, trunk, folder):
-    """The rows with the hidden states below the trained blocks, kept in the pretrained model's
-    folder by the rows' fingerprint."""
+    """Rows with the hidden states below the trained blocks, kept by the rows' fingerprint."""
     sizes = [row.size for row in rows]
     which = fingerprint(*(part for row in rows for part in (row.prompt, *row.responses)))
     path = folder / f"{which[:16]}-below-{trunk.frozen}.npy"
@@ -94,8 +93,7 @@ def with_states(rows, trunk, folder):
 
 
 def three_by_three(rows):
-    """The nine pairs of one of RM-Bench's prompts -> a Row of its chosen and rejected responses, by
-    style."""
+    """RM-Bench's nine pairs of a prompt -> a Row of its chosen and rejected ones, by style."""
     chosen = [row.responses[0] for row in rows[::3]]
     rejected = [row.responses[1] for row in rows[:3]]
     return Row(rows[-1].prompt, (*chosen, *rejected))
@@ -106,7 +104,10 @@ class Measures:
 
     def __init__(self, config):
         folder, dataset = folder_of(config, "pretrained"), open_dataset(config.name)
-        trunk = frozen_language_model(load_checkpoint(folder, "generator")).model
+        checkpoint = load_checkpoint(folder, "generator")
+        if checkpoint["settings"]["init_from"] != config.init_from:     # a namesake
+            raise UserError(f"{folder} is of {checkpoint['settings']['init_from']}; move it away")
+        trunk = frozen_language_model(checkpoint).model
         trunk.to(pick_device("auto"))
         trunk.freeze(len(trunk.layers) - UNFROZEN)
         self.frozen, split = trunk.frozen, dataset.split("val")
@@ -123,8 +124,7 @@ class Measures:
         self.steps = with_states(rows, trunk, folder)
 
     def of(self, rewards_of):
-        """A judge, rows -> the rewards of their responses -> for each of MEASURES a digit of each
-        case."""
+        """The rewards of rows by a judge (a function) -> a digit of each case of each measure."""
         final = np.array([[r[-1] for r in some] for some in rewards_of(self.styles)])
         won = final[:, :3, None] > final[:, None, 3:]       # (prompts, chosen, rejected style)
         wins, hard = (some.sum((1, 2)) for some in (won, np.triu(won, 1)))

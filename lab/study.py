@@ -149,11 +149,12 @@ def run_draw(job):
     data, how = WORLDS[world]
     name = f"lab-{list(WORLDS).index(world)}-{draw}"
     names = {"dataset": name, "generator": f"out/lab/{name}-generator"}
+    start = {"settings": names, "inputs": {"data": None}}
     run_other("data/toy/prepare.py", quiet=True, name=name, seed=draw, **data)
     run_other("generator.py", quiet=True, dataset=name, out_dir=names["generator"], seed=draw,
               **how)
     tokenizer = open_dataset(name).tokenizer
-    generator, dataset, gold_of = open_generator(tokenizer, {"settings": names}, CANDIDATES)
+    generator, dataset, gold_of = open_generator(tokenizer, start, CANDIDATES)
     rows = obtain_candidates(generator, dataset, CANDIDATES)
     worth = gold_of(rows)
     chance = float(np.mean([np.mean(some) for some in worth]))

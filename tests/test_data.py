@@ -1,6 +1,7 @@
 """Reading, checking, tokenising, writing and batching."""
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -87,6 +88,8 @@ BAD_ROWS = [    # what a good row is changed by, and the reason that is given
     (parse_candidates, {"responses": []}, "no 'responses'"),
     (parse_candidates, {"responses": [{"text": "a", "correct": float("nan")}]}, "finite"),
     (parse_candidates, {"completion": "a", "label": "yes"}, "'correct' or 'label'"),
+    (parse_candidates, {"responses": [{"text": " " * 10**6, "correct": 1}]}, "a response has 1000"),
+    (parse_steps, {"steps": ["a", "b" + "\n" * 10**6 + "b"]}, "a solution has 100000 white"),
     (parse_steps, {"steps": ["a", " "]}, "no 'steps'"),
     (parse_steps, {"first_error": 2}, "from -1 to 1")]
 
@@ -456,6 +459,7 @@ def test_hh_rlhf_and_unified_feedback_rows_are_two_dialogues_with_one_prompt(her
     *[({"source": name}, "--input=FILE") for name in prepare.SOURCES],
     ({"name": "mine"}, "--source=NAME"), ({"source": "other"}, "choose one of: hh_rlhf"),
     ({"name": "../x", "input": "x"}, "one folder"), ({"input": "x", "val_share": 1.5}, "at most 1"),
+    ({"input": "x", "threshold": math.nan}, "--threshold must be at least -inf, not nan"),
     ({"name": "x", "input": "nowhere.jsonl"}, "No such file"),
     ({"name": "x", "input": "one.jsonl"}, "nothing is left for .*; more rows may help")])
 def test_a_wrong_setting_and_a_hub_out_of_reach_are_one_line(here, monkeypatch, settings, message):

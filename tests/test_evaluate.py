@@ -1,5 +1,6 @@
 """Evaluation: exact counts, independence of the batch, and the truth of the toy world."""
 import json
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -7,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+import bon
+import dpo
 import evaluate
+import report
 from config import UserError, parse
+from conftest import save_edited
 from data import rows as rows_of_data
 from data.dataset import open_dataset
-from data.files import read_json, write_json
+from data.files import load_checkpoint, read_json, write_json
 from data.rows import Row, in_batches
 
 
@@ -147,6 +152,19 @@ def test_the_datasets_own_splits_are_the_ones_that_training_reported(inside, tmp
     assert json.loads((tmp_path / "o.json").read_text())["splits"] == reported
 
 
+@pytest.mark.parametrize("script", [
+    lambda path: main(f"--checkpoint={path}"),
+    lambda path: report.open_model(path, "cpu"),
+    lambda path: bon.main(bon.BonConfig(path, device="cpu")),
+    lambda path: dpo.main(dpo.DPOConfig(path, out_dir="out/never", device="cpu"))])
+def test_a_dataset_that_was_made_anew_is_no_held_out_data(inside, tmp_path, script):
+    checkpoint = load_checkpoint("out/run", "reward model")
+    checkpoint["inputs"]["data"] = "another"        # as if prepared again since
+    save_edited(checkpoint, tmp_path / "earlier.pt")
+    with pytest.raises(UserError, match="data/toy was made anew since the model was trained"):
+        script(str(tmp_path / "earlier.pt"))
+
+
 # Files and runs ---------------------------------------------------------------------------------
 
 def test_a_file_of_pairs_is_scored_by_subset_and_bad_rows_are_counted(inside, tmp_path, capsys):
@@ -195,16 +213,19 @@ def test_steps_are_read_in_one_pass_and_the_threshold_from_another_file(inside, 
 
 
 def test_runs_stand_side_by_side_with_their_differences_to_the_first(tmp_path, capsys):
-    for name, accuracy, data in (("none", 0.5, "toy"), ("icrm", 0.75, "toy"),
-                                 ("dense", 0.25, "toy"), ("other", 0.9, "mine")):
-        write_json(tmp_path / name / "eval.json", {"splits": {"val": {"accuracy": accuracy}},
-                                                   "settings": {"dataset": data}})
+    for name, accuracy, data, made in (
+            ("none", 0.5, "toy", "first"), ("icrm", 0.75, "toy", "first"),
+            ("dense", 0.25, "toy", "first"), ("other", 0.9, "mine", "its"),
+            ("later", 0.9, "toy", "later")):
+        write_json(tmp_path / name / "eval.json", {
+            "splits": {"val": {"accuracy": accuracy}}, "settings": {"dataset": data}, "data": made})
     main("--compare=" + ",".join(f"{tmp_path}/{name}" for name in ("none", "icrm", "dense")))
     head, line, _ = capsys.readouterr().out.splitlines()
     assert head.split() == ["none", "icrm", "dense"]
     assert line.split() == "val accuracy 0.500 0.750 (+0.250) 0.250 (-0.250)".split()
-    with pytest.raises(UserError, match="different datasets are not compared: mine, toy"):
-        main(f"--compare={tmp_path}/none,{tmp_path}/other")
+    for name, which in (("other", "mine (its), toy (first)"), ("later", "toy (first), toy (lat")):
+        with pytest.raises(UserError, match=re.escape(f"datasets are not compared: {which}")):
+            main(f"--compare={tmp_path}/none,{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -141,6 +141,18 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(inside, number):
     assert not Path("out/stopped/eval.json").exists()
 
 
+def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(inside, tiny):
+    """Between two steps that are logged a run may be stopped, and nobody has looked at the loss."""
+    run = Run("reward model", small_run("out/spoilt"), {})
+    optimizer = torch.optim.SGD(tiny.parameters(), 0.1)
+    run.save(3, tiny, optimizer)
+    whole = Path("out/spoilt/ckpt.pt").read_bytes()
+    tiny.score.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite at step 4"):
+        run.save(4, tiny, optimizer)
+    assert Path("out/spoilt/ckpt.pt").read_bytes() == whole
+
+
 def test_a_folder_in_use_is_refused_and_the_first_run_goes_on(inside):
     shutil.rmtree("out/busy", ignore_errors=True)
     process = start(small_run("out/busy", log_interval=1), lambda: time.sleep(0.5))

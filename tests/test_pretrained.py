@@ -160,6 +160,10 @@ def test_several_files_are_read_as_one(base):
     found = read_model(base).state_dict()
     assert found.keys() == whole.keys() | {"lm_head.weight"}
     assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+    other = shutil.copy(file, base / "model-00002-of-00003.safetensors")
+    with pytest.raises(UserError, match="holds the parts of more than one model"):
+        read_model(base)
+    other.unlink()
     file.unlink()
     with pytest.raises(UserError, match="the weights of .* do not fit: .*Missing key"):
         read_model(base)
@@ -216,6 +220,14 @@ def test_an_exported_model_is_the_trained_one_in_the_layout_it_came_in(prepared)
                       ("sum", "only --readout=last")):
         with pytest.raises(UserError, match=why):
             pretrained.main(pretrained.ExportConfig(f"out/{name}", "exported"))
+    before = read_model(prepared).state_dict()
+    with pytest.raises(UserError, match="base holds the pretrained model itself"):
+        pretrained.main(pretrained.ExportConfig("out/a", "base/../base"))
+    assert all(torch.equal(weight, before[name])
+               for name, weight in read_model(prepared).state_dict().items())
+    shutil.copy(FOLDERS / "tokenizers" / "qwen.json", prepared / "tokenizer.json")
+    with pytest.raises(UserError, match="base, .* started from, has another tokenizer now"):
+        pretrained.main(pretrained.ExportConfig("out/a", "exported"))
 
 
 @pytest.mark.slow
@@ -245,6 +257,9 @@ def test_a_run_of_the_study_on_real_labels_is_measured_on_all_that_it_names(prep
         assert len(hits) == measured["n"] and np.mean(hits) == measured["accuracy"]
         assert [len(one[name]) for name in list(real.MEASURES)[1:]] == [3, 3, 4, 4, 3, 2, 3]
         assert max(map(int, one["RM-Bench hard"])) <= 3 and 0 < one["spent"] <= 1
+    shutil.copytree(prepared, "else/base")
+    with pytest.raises(UserError, match="out/real/mine/base is of .*base; move it away"):
+        real.main(real.RealConfig("else/base", "mine"))
 
 
 # The hub -----------------------------------------------------------------------------------------
@@ -373,6 +388,9 @@ def test_a_special_tokens_name_in_data_is_plain_text(tmp_path, name):
     ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
     ({"pre_tokenizer": None}, "pre_tokenizer"),
     ({"added_tokens": []}, "no known end of a response"),
+    ({"added_tokens": [{"content": "<|im_end|>", "id": 10**6}]}, r"no <\|im_start\|> among"),
+    ({"added_tokens": [{"content": "<|endoftext|>", "id": 5}]}, "two tokens have one id"),
+    ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "two tokens have one id"),
     ({"added_tokens": 3}, "damaged or of another kind"), ({"model": []}, "damaged or of another")])
 def test_what_is_unknown_in_a_tokenizer_is_an_error_by_name(tmp_path, change, message):
     found = json.loads((FOLDERS / "tokenizers" / "qwen.json").read_text())

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import generator
 import train
 from config import UserError
 from conftest import quick_generator, save_edited, small_run
@@ -203,6 +204,18 @@ def test_resume_refuses_other_settings_data_and_p_by_name(inside):
         checkpoint["inputs"][name] = "of yesterday"
         save_edited(checkpoint, "out/fixed/ckpt.pt")
         refused(f"another {name} than there is now")
+
+
+def test_a_generator_that_was_interrupted_goes_on_in_its_own_dtype(inside):
+    quick_generator("toy", "out/g-half", dtype="bfloat16")
+    Path("out/g-half/p.json").unlink()
+
+    def here(script, **how):
+        assert script == "generator.py"
+        generator.main(generator.GeneratorConfig(**how))
+    with mock.patch.object(train, "run_other", here):
+        train.obtain_inputs(small_run("out/never", generator="out/g-half"))
+    assert Path("out/g-half/p.json").exists()
 
 
 def test_an_edited_regularizer_is_never_answered_with_an_old_result(inside, tmp_path):
