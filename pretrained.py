@@ -58,10 +58,9 @@ def export(checkpoint, folder):
                         "would know its tokenizer")
     if checkpoint["settings"]["readout"] != "last":
         raise UserError("only --readout=last is a reward that other programs compute")
-    tokenizer = from_dict(checkpoint["tokenizer"])
+    base, tokenizer = find_folder(base), from_dict(checkpoint["tokenizer"])
     if read_tokenizer(base).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{base}, which its generator started from, has another tokenizer now")
-    base = find_folder(base)
     if folder.resolve() == base.resolve():
         raise UserError(f"{folder} holds the pretrained model itself; name another --out")
     known = load_json(base / "config.json", "the save_pretrained of transformers")

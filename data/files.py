@@ -285,7 +285,7 @@ class Run:
         checkpoint = dict(kind=self.kind, settings=self.settings, inputs=self.inputs, step=step,
                           model=model.state_dict(), optimizer=optimizer.state_dict(),
                           logged=self.log_size, **more)
-        check_finite(step, *(weight.sum().item() for weight in model.state_dict().values()))
+        check_finite(step, *(weight.sum().item() for weight in checkpoint["model"].values()))
         if self.writes:
             checkpoint["checksum"] = fingerprint(EDITION, checkpoint)
             write_atomically(self.folder / "ckpt.pt", partial(save_tensors, checkpoint))
