@@ -1,8 +1,11 @@
 """Shared by the tests: a small toy dataset and one small finished run on it, made once."""
 import signal
+import threading
+from multiprocessing import get_context
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import generator
 import train
@@ -59,6 +62,19 @@ def read_model(folder, tokenizer=None, block_size=0):
 def save_edited(checkpoint, path):
     """Write a checkpoint that was read and changed as one that is whole."""
     torch.save(checkpoint | {"checksum": fingerprint(EDITION, checkpoint)}, path)
+
+
+def fork(child):
+    """A started process that has imported torch already. It shares no lock with the others: tqdm's
+    is in memory that a fork shares, and a child killed while it holds that would stop them all."""
+    def begin():
+        torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())
+        child()
+
+    process = get_context("fork").Process(target=begin, daemon=True)
+    process.start()
+    return process
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+
+from conftest import fork
 
 ROOT = Path(__file__).resolve().parents[1]
 EXERCISES = ROOT / "exercises"
@@ -92,9 +93,7 @@ def points_lost(folder):
             sys.modules["tasks"] = tasks
             checks.main(task, folder / f"said-{task}")
 
-    process = get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
+    fork(child).join(60)
     said = {task: (folder / f"said-{task}").read_text() for task in tasks.TASKS}
     return {task: why for task, why in said.items() if why}
 

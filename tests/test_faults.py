@@ -7,12 +7,12 @@ import shutil
 import signal
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import bon
 import config
@@ -21,7 +21,7 @@ import evaluate
 import generator
 import train
 from config import UserError
-from conftest import read_model, small_run
+from conftest import fork, read_model, small_run
 from data import files
 from data.dataset import open_array, open_dataset
 from data.files import Run, load_checkpoint, read_json
@@ -30,23 +30,19 @@ from data.probs import Probs
 from data.tokenizer_json import read_tokenizer
 from data.weights import read_safetensors
 
-FORK = get_context("fork")      # a child that needs no time to import torch
 FOLDERS = Path(__file__).parent / "pretrained"
 
 
 def start(settings, before=None):
     """A process that runs a script's main as the command line would; before: called first."""
     def child():
-        torch.set_num_threads(1)
         os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stderr, sys.stdout = os.fdopen(2, "w"), open(os.devnull, "w")
         sys.argv = ["script", *(f"--{key}={value}" for key, value in vars(settings).items())]
         if before:
             before()
         config.run_script(type(settings), sys.modules[type(settings).__module__].main)
-    process = FORK.Process(target=child)
-    process.start()
-    return process
+    return fork(child)
 
 
 def settings_of(what, out, **more):
@@ -95,6 +91,18 @@ def test_a_run_that_is_killed_at_any_instant_goes_on_to_the_same_bits(inside, mo
         assert content_of(f"out/cut-{what}") == content_of(f"out/whole-{what}")
         assert not list(Path(f"out/cut-{what}").glob(".*"))     # no temporary file is left
         shutil.rmtree(f"out/cut-{what}.previous", ignore_errors=True)
+
+
+def test_a_killed_process_stops_no_other():
+    def killed():
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tqdm(disable=True)      # the lock exists, as after any run in this process
+    for child, code in ((killed, -signal.SIGKILL), (lambda: tqdm.write("the lock was free"), 0)):
+        process = fork(child)
+        process.join(20)
+        assert process.exitcode == code
 
 
 @pytest.mark.parametrize("when", ["before the rename", "in the middle"])
@@ -192,8 +200,7 @@ def test_a_link_stays_a_link_a_pipe_is_written_through_and_the_project_is_not_wr
     files.write_text(link, "new")
     assert link.is_symlink() and target.read_text() == "new"
     os.mkfifo(pipe)
-    reader = FORK.Process(target=lambda: target.write_text(pipe.read_text()))
-    reader.start()
+    reader = fork(lambda: target.write_text(pipe.read_text()))
     files.write_json(pipe, {"a": 1})
     reader.join()
     assert pipe.is_fifo() and read_json(target, "")["a"] == 1
