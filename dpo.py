@@ -14,7 +14,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TINY, UserError, autocast, check_finite, choose, in_range, run_script
+from config import (TINY, Stopping, UserError, autocast, check_finite, choose, in_range,
+                    run_script)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,7 @@ def train_policy(config, reference, tokenizer, pairs, logprobs, run):
             check_finite(*record.values())
             run.log(record)
             tqdm.write("{:5d}{:10.3f}{:10.3f}{:10.3f}{:11.3f}".format(*record.values()))
-        if done % SAVE_EVERY == 0 or done == config.steps or run.asked:
+        if done % SAVE_EVERY == 0 or done == config.steps or Stopping.asked:
             run.save(done, policy, optimizer, model_config=dataclasses.asdict(sizes),
                      tokenizer=tokenizer.to_dict())
     return policy.eval().requires_grad_(False)

@@ -12,7 +12,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TINY, UserError, autocast, check_finite, in_range, pick_device, run_script
+from config import (TINY, Stopping, UserError, autocast, check_finite, in_range, pick_device,
+                    run_script)
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -88,7 +89,7 @@ def train_generator(config, dataset, device):
             run.log(record)
             tqdm.write(f"generator step {done:5d}  loss {record['loss']:.4f}"
                        f"  grad_norm {record['grad_norm']:.3f}")
-        if (done % SAVE_EVERY == 0 or run.asked) and done < config.steps:
+        if (done % SAVE_EVERY == 0 or Stopping.asked) and done < config.steps:
             save(done)
     save(config.steps)
     return model.eval().requires_grad_(False)

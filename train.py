@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from config import (HERE, UserError, autocast, check_finite, choose, in_range, pick_device,
-                    run_other, run_script)
+from config import (HERE, Stopping, UserError, autocast, check_finite, choose, in_range,
+                    pick_device, run_other, run_script)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -139,7 +139,7 @@ def train(config, dataset, probs, team):
                      "reg": reg, "lm": lm, "grad_norm": norm, "S": S}
             val = evaluate_split(model, dataset, "val") if looks and team.first else {}
             log(run, done, rate, terms, val)
-        if looks or run.asked:
+        if looks or Stopping.asked:
             run.save(done, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
                      model_config=dataclasses.asdict(model.model.config),
                      tokenizer=dataset.tokenizer.to_dict())

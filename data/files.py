@@ -214,7 +214,7 @@ class Run:
     Starting a run in a folder that holds one keeps the old one as FOLDER.previous. With resume the
     old one goes on instead, and is refused by name where a setting or an input (the data, p, the
     text of regularizer.py: fingerprints) is not what it began with. From restore to the last save a
-    signal that asks to stop waits for the next save; a loop saves where the run is `asked`.
+    signal that asks to stop waits for the next save; a loop saves where it is Stopping.asked.
     """
     FREE = ("out_dir", "resume", "device", "recompute", "compile")  # may differ in a continuation
 
@@ -240,10 +240,6 @@ class Run:
     @staticmethod
     def holds_run(folder):
         return (folder / "log.jsonl").exists() or (folder / "ckpt.pt").exists()
-
-    @property
-    def asked(self):
-        return Stopping.asked is not None
 
     def refuse_others(self):
         """A UserError that names the first setting or input which is not the checkpoint's."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -20,6 +21,7 @@ from data.files import write_atomically
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+TIMEOUT = 60        # seconds without a byte after which a download ends
 OTHERS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 
 
@@ -42,7 +44,8 @@ def find_folder(name):
 
 def fetch(name, folder):
     """Every file that a model needs, whole and with the hash that the hub states, or an error."""
-    with urllib.request.urlopen(f"{HUB}/api/models/{name}?blobs=true", timeout=60) as answer:
+    socket.setdefaulttimeout(TIMEOUT)       # torch.hub's download has none of its own
+    with urllib.request.urlopen(f"{HUB}/api/models/{name}?blobs=true") as answer:
         about = json.load(answer)
     files = {one["rfilename"]: one for one in about["siblings"]}
     if "config.json" not in files:
@@ -54,11 +57,10 @@ def fetch(name, folder):
         if path.exists():
             continue
         print(f"fetching {url}")
-        if files[file].get("lfs"):
-            sha256 = files[file]["lfs"]["sha256"]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        if lfs := files[file].get("lfs"):
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=lfs["sha256"])
             continue
-        with urllib.request.urlopen(url, timeout=60) as answer:     # small: git's own hash
+        with urllib.request.urlopen(url) as answer:     # small: git's own hash
             content = answer.read()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != files[file]["blobId"]:
             raise ValueError(f"{file} has another hash")

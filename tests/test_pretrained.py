@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -286,6 +287,8 @@ def served(base, tmp_path, monkeypatch):
             self.send_header("Content-Length", str(len(body or b"") + found.get("cut", 0)))
             self.end_headers()
             self.wfile.write(body or b"")
+            self.wfile.flush()
+            time.sleep(found.get("stalls", 0))
 
         def log_message(self, *_):
             pass
@@ -311,7 +314,11 @@ def test_a_model_on_the_hub_is_fetched_once_and_checked(served, base, tmp_path, 
     served["cut"] = 9           # the connection ends before the file does
     with pytest.raises(UserError, match="owner/model is no folder here and could not be fetched"):
         hub.find_folder("owner/model")
-    del served["cut"]
+    served["stalls"] = 2        # or the hub falls silent before that
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="fetched.*timed out"):
+        patch.setattr(hub, "TIMEOUT", 0.5)
+        hub.find_folder("owner/model")
+    del served["cut"], served["stalls"]
     found, expected = (read_model(one).state_dict() for one in ("owner/model", base))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     monkeypatch.setattr(hub, "HUB", "http://127.0.0.1:9")       # nobody is asked again
