@@ -162,13 +162,24 @@ def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(inside, tiny):
 
 
 def test_a_folder_in_use_is_refused_and_the_first_run_goes_on(inside):
+    """The first one waits at its checkpoint until the others were refused."""
+    def arm():
+        real_save = Run.save
+
+        def save(*about, **more):
+            while not Path("refused").exists():
+                time.sleep(0.02)
+            real_save(*about, **more)
+        Run.save = save
+
     shutil.rmtree("out/busy", ignore_errors=True)
-    process = start(small_run("out/busy", log_interval=1), lambda: time.sleep(0.5))
-    while not Path("out/busy").is_dir():
+    process = start(small_run("out/busy", log_interval=1), arm)
+    while not Path("out/busy/log.jsonl").exists():
         time.sleep(0.02)
     for more in ({}, {"resume": True}):
         with pytest.raises(UserError, match="out/busy is in use by a running process"):
             train.main(small_run("out/busy", **more))
+    Path("refused").touch()
     process.join()
     assert process.exitcode == 0 and content_of("out/busy")[0] == content_of("out/run")[0]
 
