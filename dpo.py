@@ -6,9 +6,8 @@
 A better reward model picks better pairs, and so makes a better policy (the paper's third claim). Of
 the responses that the generator samples to a prompt, the best and the worst by reward make a pair;
 the policy starts from the generator, the reference. Then both answer held-out prompts, on the toy
-world judged by the truth. --pairs_from=swapped takes the responses of that split in place of its own,
---generator=OUT_DIR is a second round. Left out: sampling anew during training, other losses (IPO,
-label smoothing).
+world judged by the truth. --pairs_from=swapped takes the responses of that split in place of its
+own, --generator=OUT_DIR is a second round. Left out: sampling anew in training, other losses.
 """
 import dataclasses
 from dataclasses import dataclass

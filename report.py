@@ -18,7 +18,7 @@ from config import HERE, UserError, in_range, run_script
 import numpy as np
 
 from benchmarks import sigmoid
-from bon import (BonConfig, compare_ways, curve, exact_values, obtain_candidates, open_generator)
+from bon import BonConfig, compare_ways, curve, exact_values, obtain_candidates, open_generator
 from data.dataset import open_dataset
 from data.files import write_text
 from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,
@@ -28,6 +28,8 @@ from generator import load_generator, response_logprobs
 HALVE_AT = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))  # of the mean length
 CELL, STRIP = 7.5, 17       # pixels: the width of a character, the height of a strip of colour
 CSS = f"<style>{(HERE / 'lab' / 'report.css').read_text(encoding='utf-8')}</style>"
+# Spaces stay (SVG drops a leading one), a line's end is drawn; U+FFFD for what XML forbids.
+DRAWN = dict.fromkeys([*range(32), 0xfffe, 0xffff], "\ufffd") | dict(zip((9, 10, 32), "\xa0↵\xa0"))
 NONE = "<p>There are none.</p>"
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/><title>{title}</title>{css}
@@ -99,7 +101,7 @@ def strips(pieces, rows, width, below=None, style=""):
             x, y, room = left, y + tall, left
             parts += [f'<text x="{left - 6}" y="{y + 34 + i * STRIP}" text-anchor="end">'
                       f"{html.escape(label)}</text>" for i, (label, _) in enumerate(rows)]
-        text = html.escape(piece).replace(" ", "&#160;")    # SVG drops a leading space
+        text = html.escape(piece.translate(DRAWN))
         parts.append(f'<text class="word" x="{x:g}" y="{y + 17}" textLength="{wide:g}">'
                      f"{text}</text>")
         for i, (_, steps) in enumerate(rows):
@@ -273,8 +275,7 @@ def write_picture(config):
 
 def main(config):
     in_range(config, 1, 10**6, "count")
-    write = write_picture if config.svg else write_page
-    write(config)
+    (write_picture if config.svg else write_page)(config)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,14 @@ def test_a_response_without_any_step_and_letters_of_double_width_are_drawn(tmp_p
     assert {cell["fill-opacity"] for cell in cells} == {"0.00"}
 
 
+def test_characters_that_xml_has_no_room_for_are_replaced(tmp_path):
+    pieces = [*map(chr, range(32)), "\x7f", "\ufffe", "\uffff", "\n\n", ""]
+    drawn = report.strips(pieces, [("r", np.zeros(len(pieces)))], width=900)
+    (tmp_path / "p.svg").write_text(drawn, encoding="utf-8")
+    words = text_of(read(tmp_path / "p.svg"), **{"class": "word"})
+    assert words == 9 * "\ufffd" + "\xa0↵" + 21 * "\ufffd" + "\x7f\ufffd\ufffd↵↵\xa0⏎"
+
+
 def test_a_probability_is_left_out_where_it_would_cover_the_one_before(tmp_path):
     pieces = [" word", ".", ".", " words", "", " word", ""]
     below = [".11", ".12", ".13", ".14", ".15", "", ".17"]
