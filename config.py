@@ -37,6 +37,7 @@ class Stopping:
     patient, waits until its step is done and saved. A second one does not wait."""
     patient = False
     asked = None    # the signal that waits
+    saved = False   # whether there is a checkpoint to go on from
     children = set()    # commands that are running, in any thread
 
     @classmethod
@@ -68,11 +69,11 @@ def run_script(config_class, main):
         if os.environ.get("RANK", "0") == "0":      # torchrun's first process speaks for all
             show(config)
         main(config)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        resume = "; it goes on with --resume=True" * hasattr(config_class, "resume")
+        resume = f"; {Path(sys.argv[0]).name} goes on with --resume=True" * Stopping.saved
         print(f"stopped by {signal.Signals(stopped.args[0]).name}{resume}", file=sys.stderr)
         sys.exit(128 + stopped.args[0])
 
@@ -119,6 +120,8 @@ def parse(config_class, arguments):
             raise UserError(f"--{key} takes {TAKES[kind]}, not {text!r}") from None
         if kind is str:
             values[key] = ",".join(map(os.path.expanduser, text.split(",")))
+    if values.get("json") and [*values.values()].count(values["json"]) > 1:
+        raise UserError(f"--json={values['json']} is a file to read; name another to write")
     return config_class(**values)
 
 

@@ -158,10 +158,11 @@ def describe(rows, reward_model, dataset):
 def win_rate(judge, ours, theirs):
     """Responses of two models to the same prompts -> how often the first's has the higher reward by
     a judge, each against every other one of its prompt, a tie counting half; and 1.96 standard
-    errors of it over prompts."""
+    errors of it over prompts. None where there are not two prompts that both have answered."""
     rewards = zip(final_rewards(judge, ours), final_rewards(judge, theirs))
-    shares = [(1 + np.sign(a[:, None] - b)).mean() / 2 for a, b in rewards]
-    return float(np.mean(shares)), float(1.96 * np.std(shares, ddof=1) / len(shares) ** 0.5)
+    shares = [(1 + np.sign(a[:, None] - b)).mean() / 2 for a, b in rewards if len(a) and len(b)]
+    if len(shares) > 1:
+        return float(np.mean(shares)), float(1.96 * np.std(shares, ddof=1) / len(shares) ** 0.5)
 
 
 def compare(policy, reference, reward_model, judge, dataset, prompts, config):
@@ -175,14 +176,17 @@ def compare(policy, reference, reward_model, judge, dataset, prompts, config):
     print_lines([[f"{len(prompts)} held-out prompts", *results]] + [
         [key, *(text_of(part.get(key)) for part in results.values())] for key in results["policy"]])
     if judge:
-        rate, half = results["win_rate"] = win_rate(judge, ours, theirs)
-        print(f"the judge prefers the policy's response at a rate of {rate:.3f} +-{half:.3f}")
+        found = win_rate(judge, *(finished(rows, dataset.tokenizer) for rows in (ours, theirs)))
+        results["win_rate"] = found
+        print("the judge prefers the policy's response at a rate of {:.3f} +-{:.3f}".format(*found)
+              if found else "too few responses ended for the judge to compare")
     return results
 
 
 def main(config):
     name = Path(config.checkpoint.removesuffix("ckpt.pt")).name
-    words = filter(None, ("out/dpo", name, config.pairs_from, f"seed{config.seed}"))
+    words = filter(None, ("out/dpo", name, Path(config.generator).name, config.pairs_from,
+                          f"seed{config.seed}"))
     config = dataclasses.replace(config, out_dir=config.out_dir or "-".join(words))
     in_range(config, 1, 10**9, "prompts", "max_new_tokens", "steps", "batch_size")
     in_range(config, 2, 10**9, "samples", "held_out")
@@ -190,8 +194,9 @@ def main(config):
     in_range(config, TINY, 10**9, "beta")
     reward_model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
     settings, judge = checkpoint["settings"], None
-    reference, its_tokenizer = load_generator(config.generator or settings["generator"],
-                                              config.device)
+    reference, its_tokenizer = load_generator(
+        config.generator or settings["generator"], config.device,
+        "" if config.generator else checkpoint["inputs"]["p"])
     dataset = open_dataset(settings["dataset"], checkpoint["inputs"]["data"])
     check_fit("generator", its_tokenizer, tokenizer)
     check_fit("reward model", tokenizer, tokenizer, reward_model, reference)
@@ -201,10 +206,10 @@ def main(config):
     if config.pairs_from:
         choose("pairs_from", config.pairs_from, dataset.about["splits"])
     rows, held_out = prompts_of(dataset, config)
+    pairs, logprobs = make_pairs(reference, reward_model, tokenizer, rows, config)
     run = Run("policy", config, {"data": dataset.fingerprint,
                                  "generator": fingerprint(reference.state_dict()),
                                  "reward model": fingerprint(reward_model.state_dict())})
-    pairs, logprobs = make_pairs(reference, reward_model, tokenizer, rows, config)
     policy = train_policy(config, reference, tokenizer, pairs, logprobs, run)
     results = compare(policy, reference, reward_model, judge, dataset, held_out, config)
     results |= {"pairs": len(pairs), "settings": dataclasses.asdict(config)}

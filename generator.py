@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_array, open_dataset, write_array
 from data.files import Run, file_digest, load_checkpoint, write_json
+from data.probs import described
 from data.rows import Row, batch_of, make_batch, row_by_row
 from data.weights import read_folder
 from model import (KVCache, LanguageModel, ModelConfig, frozen_language_model, learning_rate,
@@ -95,13 +96,15 @@ def train_generator(config, dataset, device):
     return model.eval().requires_grad_(False)
 
 
-def load_generator(folder, device):
+def load_generator(folder, device, trained_on=""):
     """A finished generator's (or policy's) folder -> (frozen LanguageModel, its tokenizer).
-    device: as in the settings."""
+    device: as in the settings; trained_on: what a reward model's checkpoint says of its p."""
     checkpoint = load_checkpoint(folder, "generator", "policy")
     if checkpoint["step"] < checkpoint["settings"]["steps"]:
         raise UserError(f"the {checkpoint['kind']} in {folder} is unfinished; give its command "
                         "again with --resume=True")
+    if trained_on:
+        described(folder, trained_on)
     model = frozen_language_model(checkpoint).to(pick_device(device))
     return model, tokenizers.from_dict(checkpoint["tokenizer"])
 

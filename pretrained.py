@@ -12,6 +12,7 @@ import numpy as np
 
 from data.files import load_checkpoint, load_json, write_atomically, write_text
 from data.hub import find_folder
+from data.probs import described
 from data.tokenizer import from_dict
 from data.tokenizer_json import read_tokenizer
 
@@ -52,6 +53,7 @@ def chat_template(turns):
 def export(checkpoint, folder):
     """A reward model's checkpoint -> a folder that AutoModelForSequenceClassification opens."""
     generator = load_checkpoint(checkpoint["settings"]["generator"], "generator", "policy")
+    described(checkpoint["settings"]["generator"], checkpoint["inputs"]["p"])
     base = generator["settings"].get("init_from")
     if not base:
         raise UserError("its generator did not start from a pretrained model: no program elsewhere "

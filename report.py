@@ -21,6 +21,7 @@ from benchmarks import sigmoid
 from bon import BonConfig, compare_ways, curve, exact_values, obtain_candidates, open_generator
 from data.dataset import open_dataset
 from data.files import write_text
+from data.probs import described
 from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,
                       table_lines)
 from generator import load_generator, response_logprobs
@@ -223,13 +224,14 @@ def write_page(config):
     settings, results = checkpoint["settings"], evaluate_splits(model, dataset)
     generator, its_tokenizer = load_generator(settings["generator"], config.device)
     check_fit("generator", its_tokenizer, dataset.tokenizer)
-    rows = list(split)
+    about = described(settings["generator"], checkpoint["inputs"]["p"])
+    taken_at, rows = (about["temperature"], about["top_p"]), list(split)
     rewards = score(model, rows)
     mean = np.concatenate([r for parts in rewards for r in parts]).mean()
     margins = np.array([a[-1] - b[-1] for a, b in rewards])
 
     def pair(i):
-        p = [np.exp(part) for part in response_logprobs(generator, [rows[i]])[0]]
+        p = map(np.exp, response_logprobs(generator, [rows[i]], *taken_at)[0])
         V = (None, None) if exact is None else split.of_responses(exact, i)
         pieces = [dataset.tokenizer.pieces(tokens) for tokens in rows[i].responses]
         parts = [response(*known, mean) for known in

@@ -155,9 +155,9 @@ def start(config, dataset, probs, team):
     del generator       # its weights are the model's
     inputs = {"data": dataset.fingerprint, "p": probs.fingerprint,
               "regularizer.py": fingerprint((HERE / "regularizer.py").read_text(encoding="utf-8"))}
-    run = Run("reward model", config, inputs, writes=team.first)
     if config.unfrozen:
         freeze(model.model, config, dataset, team)
+    run = Run("reward model", config, inputs, writes=team.first)
     model.model.recompute = config.recompute
     if config.compile:
         model.model.compile(dynamic=True)
@@ -267,8 +267,8 @@ def main(config):
     if team.first:
         results = evaluate_splits(model, dataset, val)
         write_json(Path(config.out_dir) / "eval.json",
-                   {"settings": dataclasses.asdict(config), "data": dataset.fingerprint,
-                    "splits": results})
+                   {"settings": dataclasses.asdict(config), "splits": results,
+                    "data": fingerprint(dataset.about["digests"])})
         print_table(results)
         print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json; {time.time() - started:.0f}s")
     if team.size > 1:

@@ -23,12 +23,12 @@ except ImportError:     # Windows: a folder that is in use is not noticed
     fcntl = None
 
 EDITION = "3"   # of what is written; part of every checksum
-OURS = re.compile(r".*\.(py|md|css|sh)|LICENSE|requirements\.txt|pyproject\.toml|lengths\.json")
+OURS = re.compile(r".*\.(py|md|css|sh|toml)|LICENSE|req.*|(lengths|experiment|study|real)\.jsonl?")
 
 
 # Writing -----------------------------------------------------------------------------------------
 
-def write_atomically(path, write):
+def write_atomically(path, write, ours=False):
     """Call write(temporary_path), flush it to disk and rename it to path: all of it or none. A link
     stays one, and what it points to is written; a pipe or a device is written through."""
     path = Path(path)
@@ -36,7 +36,7 @@ def write_atomically(path, write):
         if path.exists() and not path.is_file() and not path.is_dir():
             return write(path)
         path = path.resolve()
-        inside = path.is_relative_to(HERE) and not path.is_relative_to(HERE / "out")
+        inside = not ours and path.is_relative_to(HERE) and not path.is_relative_to(HERE / "out")
         if inside and path.exists() and OURS.fullmatch(path.name) or ".git" in path.parts:
             raise UserError(f"{path} belongs to the project; name another file to write")
         with temporary_beside(path) as temporary:
@@ -82,8 +82,8 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_text(path, text, ours=False):
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), ours)
 
 
 def write_json(path, value):
@@ -96,7 +96,7 @@ def write_json(path, value):
 
 
 def write_records(path, records):
-    write_text(path, "".join(json.dumps(one, allow_nan=False) + "\n" for one in records))
+    write_text(path, "".join(json.dumps(one, allow_nan=False) + "\n" for one in records), True)
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -125,7 +125,10 @@ def read_json(path, made_by):
 
 def read_records(path):
     """The objects of a file of JSON lines that write_records wrote; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError:
+        raise UserError(f"{path} is damaged; take out the lines that are no JSON objects") from None
 
 
 def checksum(value):
@@ -257,7 +260,8 @@ class Run:
         step = self.checkpoint["step"] if self.checkpoint else 0
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1       # others would wait for us
         Stopping.patient = alone and step < self.settings["steps"]
-        if self.checkpoint is None:
+        Stopping.saved = self.checkpoint is not None
+        if not Stopping.saved:
             return 0
         model.load_state_dict(self.checkpoint["model"])
         optimizer.load_state_dict(self.checkpoint["optimizer"])
@@ -286,4 +290,5 @@ class Run:
             checkpoint["checksum"] = fingerprint(EDITION, checkpoint)
             write_atomically(self.folder / "ckpt.pt", partial(save_tensors, checkpoint))
         Stopping.patient = Stopping.patient and step < self.settings["steps"]
+        Stopping.saved = True
         Stopping.obey()

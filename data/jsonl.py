@@ -15,7 +15,7 @@ import numpy as np
 
 from config import UserError
 from data.dataset import LONG_CANDIDATE, NOTED, listed, tokenise
-from data.pairs import KEYS, BadRow, parse_candidates, parse_pairs, parse_steps
+from data.pairs import KEYS, OF_LABELS, BadRow, parse_candidates, parse_pairs, parse_steps
 from data.rows import Row
 
 SHOWN = 5           # bad rows printed before they are only counted
@@ -24,7 +24,6 @@ ELSEWHERE = {       # what is no file of JSON lines, and what makes one of it
     ".zst": "unpack it with `zstd -d`", ".zip": "unpack it", ".xz": "unpack it",
     ".parquet": "convert it: pandas.read_parquet(A).to_json(B, orient='records', lines=True)",
     ".csv": "convert it: pandas.read_csv(A).to_json(B, orient='records', lines=True)"}
-JSON_ARRAY = "it is one JSON array; convert it: `jq -c '.[]' A > B`"
 
 
 def read_items(path, parse, as_dialogue=False, left_out=None, skip_bad=False, convert=dict,
@@ -55,7 +54,8 @@ def read_items(path, parse, as_dialogue=False, left_out=None, skip_bad=False, co
     if left_out is not None:
         left_out.update(bad)
         check_left_out(path, bad, rows, skip_bad)
-        read, others = ([key for key in keys if (key in KEYS) == known] for known in (True, False))
+        known = KEYS - OF_LABELS if "chosen" in keys else KEYS
+        read, others = ([key for key in keys if (key in known) == yes] for yes in (True, False))
         print(f"{path}: read {', '.join(read)}; not read: {', '.join(others) or 'nothing'}")
 
 
@@ -69,7 +69,7 @@ def lines_of(path):
         with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file):
                 if number == 0 and line.lstrip().startswith("["):
-                    raise UserError(f"{path} is no file of JSON lines; {JSON_ARRAY}")
+                    raise UserError(f"{path} is one JSON array; convert it: `jq -c '.[]' A > B`")
                 yield line.rstrip("\r\n")
     except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None

@@ -22,6 +22,7 @@ TURN = "\n\nAssistant:"     # a dialogue's prompt ends here, without a space
 PROMPTS = ("prompt", "instruction", "question", "messages")     # names of the prompt
 KEYS = {*PROMPTS, "input", "system", "history", "chosen", "rejected", "responses", "completion",
         "label", "steps", "first_error", "id", "subset", "domain", "meta"}      # all that is read
+OF_LABELS = {"responses", "completion", "label", "steps", "first_error"}    # not of a pair
 # Where the texts of a row that has no prompt may be cut, behind what both share.
 MARKERS = (TURN, "<|im_start|>assistant\n", "<|end_header_id|>\n\n", "<|assistant|>\n", "[/INST]",
            "### Response:\n")
@@ -127,7 +128,7 @@ def prompt_of(row):
         raise BadRow(f"more than one prompt ({', '.join(names)})")
     prompt = row.get(names[0]) if names else row.get("prompt")
     if row.get("input"):
-        if names != ["instruction"] or not isinstance(row["input"], str):
+        if names != ["instruction"] or not is_list_of(str, [prompt, row["input"]]):
             raise BadRow("an 'input' that is not the text behind an 'instruction'")
         prompt = f"{prompt}\n{row['input']}"
     system, history = row.get("system"), row.get("history") or []
@@ -195,6 +196,8 @@ def dialogue(as_dialogue, prompt, *responses):
         prompt = [{"role": "user", "content": prompt}]
     if not is_list_of(dict, prompt):
         return prompt, *responses
+    if prompt[-1].get("role") == "assistant":
+        raise BadRow("a prompt that ends with the assistant's own turn")
     text = ""
     for message in prompt:
         if message.get("role") not in tuple(ROLES):     # a role may be a list

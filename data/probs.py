@@ -16,13 +16,21 @@ from data.files import read_json
 PROBS = ("generator", "uniform", "shuffled", "exact")
 
 
+def described(generator, trained_on=""):
+    """What p.json says of a generator's p; trained_on: what a checkpoint says that it must be."""
+    about = read_json(Path(generator) / "p.json", "generator.py")
+    if trained_on and about["digest"] not in trained_on:
+        raise UserError(f"{generator} was made anew since it gave a reward model p; train again")
+    return about
+
+
 class Probs:
     """probs[i] -> p of the tokens of item i's first and second response, two arrays of float32."""
 
     def __init__(self, kind, dataset, generator):
         choose("probs", kind, PROBS)
         self.kind, self.split = kind, dataset.split("train")
-        about = read_json(Path(generator) / "p.json", "generator.py")
+        about = described(generator)
         if about.get("data") != dataset.fingerprint:
             raise UserError(f"{generator}/p.npy was written for other data than data/"
                             f"{dataset.folder.name}; run generator.py again")

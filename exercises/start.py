@@ -9,14 +9,14 @@ from pathlib import Path
 from tasks import EXPERIMENT, ROOT, TASKS, blank
 
 COPIED = ("*.py", "*.md", "LICENSE", ".gitignore", "requirements.txt", "pyproject.toml",
-          "data/*.py", "data/*.md", "data/lengths.json", "data/toy/*.py", "lab/*.py", "lab/*.css",
+          "data/*.py", "data/*.md", "data/lengths.json", "data/toy/*.py", "lab/*",
           "tests/**/*", "exercises/*.md", "exercises/*.py")
 NOT_COPIED = (EXPERIMENT, "exercises/TEACHER.md", "tests/test_exercises.py")    # with the answers
 
 
 def start(folder):
     """Write the copy; a folder that holds anything is refused."""
-    if folder.exists() and list(folder.iterdir()):
+    if folder.is_file() or folder.exists() and list(folder.iterdir()):
         sys.exit(f"error: {folder} is not empty")
     for path in {path for pattern in COPIED for path in ROOT.glob(pattern) if path.is_file()}:
         target = folder / path.relative_to(ROOT)
@@ -29,7 +29,7 @@ def start(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     start(Path(sys.argv[1]))
     print(f"wrote {sys.argv[1]}; read exercises/README.md there, and grade it with\n"

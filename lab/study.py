@@ -149,7 +149,7 @@ def run_draw(job):
     data, how = WORLDS[world]
     name = f"lab-{list(WORLDS).index(world)}-{draw}"
     names = {"dataset": name, "generator": f"out/lab/{name}-generator"}
-    start = {"settings": names, "inputs": {"data": None}}
+    start = {"settings": names, "inputs": {"data": None, "p": ""}}
     run_other("data/toy/prepare.py", quiet=True, name=name, seed=draw, **data)
     run_other("generator.py", quiet=True, dataset=name, out_dir=names["generator"], seed=draw,
               **how)

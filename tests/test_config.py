@@ -5,14 +5,16 @@ import os
 import re
 import signal
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 import config
+import evaluate
 from data import files
-from config import UserError, in_range, parse, run_script, usage
+from config import Stopping, UserError, in_range, parse, run_script, usage
 from data.files import fingerprint, read_json
 from train import TrainConfig
 
@@ -42,6 +44,12 @@ def test_the_value_is_all_that_follows_the_first_equals_sign():
 def test_a_bad_setting_is_named(argument, message):
     with pytest.raises(UserError, match=message):
         parse(Example, [argument])
+
+
+def test_a_file_that_is_read_is_not_written():
+    with pytest.raises(UserError, match="--json=x.json is a file to read"):
+        parse(evaluate.EvalConfig, ["--compare=y", "--data=x.json", "--json=x.json"])
+    parse(evaluate.EvalConfig, ["--data=", "--json=", "--checkpoint=x", "--steps=x"])
 
 
 @pytest.mark.parametrize("low, high, rate, message", [
@@ -91,17 +99,21 @@ def handlers():
 def test_a_signal_ends_a_script_with_one_line_and_its_own_status(handlers, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script"])
     monkeypatch.setattr(sys, "stdout", open("/dev/null", "w"))
-    for number in handlers:
+    for number, saved in product(handlers, (False, True)):      # nothing to go on from, or a step
+        monkeypatch.setattr(Stopping, "saved", saved)
         with pytest.raises(SystemExit) as stop:
             run_script(Example, lambda settings, number=number: os.kill(os.getpid(), number))
         assert stop.value.code == 128 + number
-        assert re.fullmatch(rf"stopped by {signal.Signals(number).name}\n",
+        assert re.fullmatch(rf"stopped by {signal.Signals(number).name}"
+                            + "; script goes on with --resume=True" * saved + "\n",
                             capsys.readouterr().err)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup has it
     run_script(Example, lambda settings: os.kill(os.getpid(), signal.SIGHUP))
 
 
-@pytest.mark.parametrize("error", [UserError("no such thing"), OSError("disk\nfull")])
+@pytest.mark.parametrize("error", [
+    UserError("no such thing"), OSError("disk\nfull"), MemoryError("too large"),
+    torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_users_error_is_one_line_with_exit_status_2(error, capsys, monkeypatch, handlers):
     def main(settings):
         raise error
@@ -135,6 +147,15 @@ def test_a_json_file_that_is_missing_or_damaged_says_how_to_make_it(tmp_path):
         path.write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match="damaged"):
             read_json(path, "generator.py")
+
+
+def test_a_damaged_line_of_records_is_named(tmp_path):
+    files.write_records(tmp_path / "x.jsonl", [{"a": 1}, {"a": 2}])
+    assert files.read_records(tmp_path / "x.jsonl") == [{"a": 1}, {"a": 2}]
+    with open(tmp_path / "x.jsonl", "a") as file:
+        file.write("<<<<<<< HEAD\n")
+    with pytest.raises(UserError, match="x.jsonl is damaged; take out"):
+        files.read_records(tmp_path / "x.jsonl")
 
 
 def test_fingerprints_differ_where_the_content_does():

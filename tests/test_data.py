@@ -82,6 +82,8 @@ BAD_ROWS = [    # what a good row is changed by, and the reason that is given
     (parse_pairs, {"prompt": [messages("x")[0] | {"tool_calls": [1]}]}, "'tool_calls'"),
     (parse_pairs, {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "is no text"),
     (parse_pairs, {"input": "x"}, "'input' that is not"),
+    (parse_pairs, {"prompt": None, "instruction": 5, "input": "x"}, "'input' that is not"),
+    (parse_pairs, {"prompt": messages("x", "y")}, "ends with the assistant's own turn"),
     (parse_pairs, {"history": ["x"]}, "nor of pairs of texts"),
     (parse_pairs, {"prompt": None, "chosen": "\u4f60好", "rejected": "\u4f60不"}, "no turn or"),
     (parse_pairs, {"chosen": messages("A", "b"), "rejected": messages("A", "c")}, "conversation's"),
@@ -183,6 +185,8 @@ def test_what_was_read_is_said_and_much_that_is_left_out_is_an_error(here, capsy
     said = capsys.readouterr().out
     assert "x.jsonl: read prompt, chosen, rejected; not read: score" in said
     assert "1 (rows that stand there once more), 1 (rows whose opposite stands there too)" in said
+    run(*(row | {"label": 0, "responses": []} for row in rows), name="both")
+    assert "rejected; not read: score, label, responses\n" in capsys.readouterr().out
     bad = [{"prompt": "Q"}] * 4
     with pytest.raises(UserError, match="4 of 44 are left out .chosen is missing.*--skip_bad"):
         run(*rows, *bad, name="other")

@@ -1,6 +1,7 @@
 """DPO: its loss, its pairs, and a policy that is trained, killed, continued and judged."""
 import json
 import math
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -79,7 +80,9 @@ def test_a_policy_is_trained_killed_continued_and_judged(inside):
     assert {**continued, "settings": 0} == {**found, "settings": 0} and its_log == log
     with pytest.raises(UserError, match="--beta=0.1, not 0.2"):
         run("out/dpo", judge="out/run", beta=0.2, resume=True)
-    run("out/dpo-second", generator="out/dpo", steps=1)     # a second round starts from the first
+    args = ["--checkpoint=out/run", "--generator=out/dpo", "--steps=1", "--prompts=12"]
+    dpo.main(parse(dpo.DPOConfig, [*args, "--samples=4", "--held_out=5", "--device=cpu"]))
+    assert Path("out/dpo-run-dpo-seed0/ckpt.pt").exists()   # a second round starts from the first
 
 
 def test_pairs_carry_the_references_log_probabilities_and_training_starts_at_margin_zero(inside):
@@ -107,6 +110,8 @@ def test_win_rates_are_over_all_meetings_of_a_prompt_and_mirror():
     with mock.patch.object(dpo, "final_rewards", lambda judge, rewards: rewards):
         rate, half = dpo.win_rate(None, ours, theirs)
         assert dpo.win_rate(None, theirs, ours) == pytest.approx((1 - rate, half))
+        assert dpo.win_rate(None, ours + [np.array([])], theirs + theirs[:1]) == (rate, half)
+        assert dpo.win_rate(None, ours[:1], theirs[:1]) is None     # nobody else has finished
     shares = [(1 + 1 + 0.5 + 1) / 4, (0 + 0.5) / 2]
     assert rate == pytest.approx(np.mean(shares))
     assert half == pytest.approx(1.96 * np.std(shares, ddof=1) / math.sqrt(2))
@@ -119,3 +124,7 @@ def test_bad_input_is_one_line(inside):
                               ({"resume": True}, "no checkpoint at out/dpo-bad")):
         with pytest.raises(UserError, match=message):
             run("out/dpo-bad", **settings)
+    shutil.copytree("out/run", "out/dpo-kept", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="no pair"):
+        run("out/dpo-kept", max_new_tokens=1)
+    assert Path("out/dpo-kept/ckpt.pt").exists()        # a mistake costs no run

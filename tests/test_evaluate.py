@@ -11,12 +11,13 @@ import torch
 import bon
 import dpo
 import evaluate
+import pretrained
 import report
 from config import UserError, parse
 from conftest import save_edited
 from data import rows as rows_of_data
 from data.dataset import open_dataset
-from data.files import load_checkpoint, read_json, write_json
+from data.files import fingerprint, load_checkpoint, read_json, write_json
 from data.rows import Row, in_batches
 
 
@@ -150,6 +151,8 @@ def test_the_datasets_own_splits_are_the_ones_that_training_reported(inside, tmp
     main("--checkpoint=out/run", f"--json={tmp_path / 'o.json'}")
     reported = json.loads(Path("out/run/eval.json").read_text())["splits"]
     assert json.loads((tmp_path / "o.json").read_text())["splits"] == reported
+    digests = open_dataset("toy").about["digests"]      # other held-out data are other data
+    assert read_json("out/run/eval.json", "")["data"] == fingerprint(digests)
 
 
 @pytest.mark.parametrize("script", [
@@ -162,6 +165,19 @@ def test_a_dataset_that_was_made_anew_is_no_held_out_data(inside, tmp_path, scri
     checkpoint["inputs"]["data"] = "another"        # as if prepared again since
     save_edited(checkpoint, tmp_path / "earlier.pt")
     with pytest.raises(UserError, match="data/toy was made anew since the model was trained"):
+        script(str(tmp_path / "earlier.pt"))
+
+
+@pytest.mark.parametrize("script", [
+    lambda path: report.main(report.ReportConfig(path, device="cpu")),
+    lambda path: bon.main(bon.BonConfig(path, device="cpu")),
+    lambda path: pretrained.main(pretrained.ExportConfig(path, path + "-export")),
+    lambda path: dpo.main(dpo.DPOConfig(path, out_dir="out/never", device="cpu"))])
+def test_a_generator_that_was_made_anew_is_no_longer_the_reward_models(inside, tmp_path, script):
+    checkpoint = load_checkpoint("out/run", "reward model")
+    checkpoint["inputs"]["p"] = "generator another"
+    save_edited(checkpoint, tmp_path / "earlier.pt")
+    with pytest.raises(UserError, match="out/toy-generator was made anew since it gave"):
         script(str(tmp_path / "earlier.pt"))
 
 

@@ -117,6 +117,14 @@ def test_the_source_has_all_points_and_blanks_have_none(copy, tmp_path):
     again = subprocess.run([sys.executable, EXERCISES / "start.py", tmp_path / "blank"],
                            capture_output=True, text=True)
     assert again.returncode == 1 and "is not empty" in again.stderr
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for path in (ROOT / "lab").glob("*.*"):     # the project's own tests come along, and pass
+        assert path.name not in tests or (copy / "lab" / path.name).exists(), path
+    for wrong, said in ((copy / "README.md", "is not empty"), ("--help", "python exercises")):
+        done = subprocess.run([sys.executable, EXERCISES / "start.py", wrong], capture_output=True,
+                              text=True, cwd=tmp_path)
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "--help").exists()
 
 
 def test_every_task_but_the_experiment_has_wrong_answers():

@@ -217,7 +217,7 @@ def test_a_link_stays_a_link_a_pipe_is_written_through_and_the_project_is_not_wr
     assert pipe.is_fifo() and read_json(target, "")["a"] == 1
     root = Path(config.__file__).parent
     for path in (root / "README.md", root / "regularizer.py", root / "data" / "lengths.json",
-                 tmp_path / ".git" / "config"):
+                 root / "lab" / "study.jsonl", tmp_path / ".git" / "config"):
         with pytest.raises(UserError, match="belongs to the project"):
             files.write_text(path, "gone")
     with pytest.raises(UserError, match="cannot write .*irectory"):

@@ -33,7 +33,12 @@ def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, t
     few = {"prompts": 4, "samples": 4}
     monkeypatch.setattr(report, "BonConfig", lambda **settings: BonConfig(**settings | few))
     page, again = tmp_path / "page.html", tmp_path / "again.html"
+    taken_at, real = [], report.response_logprobs
+    monkeypatch.setattr(report, "described", lambda *_: {"temperature": 0.5, "top_p": 0.9})
+    monkeypatch.setattr(report, "response_logprobs",
+                        lambda model, rows, *how: taken_at.append(how) or real(model, rows, *how))
     make("--checkpoint=out/run", f"--out={page}", "--count=2")
+    assert set(taken_at) == {(0.5, 0.9)}        # as p was taken for training
     elements, source = read(page), page.read_text(encoding="utf-8")
     for part in ("decoupled", "corr(z,V)", "Is it as sure", "worth what it seems", "Best of n",
                  "Search"):

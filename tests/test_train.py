@@ -191,6 +191,13 @@ def test_a_second_run_keeps_the_first_as_previous_one_generation(inside, capsys)
         assert load_checkpoint(f"out/again{end}", "reward model")["settings"]["seed"] == seed
 
 
+def test_a_mistake_costs_no_run(inside):
+    shutil.copytree("out/run", "out/kept")
+    with pytest.raises(UserError, match="--unfrozen=9, and there are"):
+        run("out/kept", unfrozen=9)
+    assert Path("out/kept/ckpt.pt").exists() and not Path("out/kept.previous").exists()
+
+
 def test_resume_refuses_other_settings_data_and_p_by_name(inside):
     def refused(message, **more):
         with pytest.raises(UserError, match=message):
