@@ -185,9 +185,8 @@ def compare(policy, reference, reward_model, judge, dataset, prompts, config):
 
 def main(config):
     name = Path(config.checkpoint.removesuffix("ckpt.pt")).name
-    words = filter(None, ("out/dpo", name, Path(config.generator).name, config.pairs_from,
-                          f"seed{config.seed}"))
-    config = dataclasses.replace(config, out_dir=config.out_dir or "-".join(words))
+    words = ("out/dpo", name, Path(config.generator).name, config.pairs_from, f"seed{config.seed}")
+    config = dataclasses.replace(config, out_dir=config.out_dir or "-".join(filter(None, words)))
     in_range(config, 1, 10**9, "prompts", "max_new_tokens", "steps", "batch_size")
     in_range(config, 2, 10**9, "samples", "held_out")
     in_range(config, 0, 10**9, "seed", "learning_rate")

@@ -23,7 +23,8 @@ except ImportError:     # Windows: a folder that is in use is not noticed
     fcntl = None
 
 EDITION = "3"   # of what is written; part of every checksum
-OURS = re.compile(r".*\.(py|md|css|sh|toml)|LICENSE|req.*|(lengths|experiment|study|real)\.jsonl?")
+OURS = re.compile(r"(?!out/).*\.(py|md|css|sh)|LICENSE|requirements\.txt|pyproject\.toml"
+                  r"|data/lengths\.json|lab/(study|real)\.jsonl|exercises/experiment\.json")
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -36,8 +37,8 @@ def write_atomically(path, write, ours=False):
         if path.exists() and not path.is_file() and not path.is_dir():
             return write(path)
         path = path.resolve()
-        inside = not ours and path.is_relative_to(HERE) and not path.is_relative_to(HERE / "out")
-        if inside and path.exists() and OURS.fullmatch(path.name) or ".git" in path.parts:
+        inside = not ours and path.exists() and path.is_relative_to(HERE)
+        if inside and OURS.fullmatch(path.relative_to(HERE).as_posix()) or ".git" in path.parts:
             raise UserError(f"{path} belongs to the project; name another file to write")
         with temporary_beside(path) as temporary:
             write(temporary)

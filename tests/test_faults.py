@@ -204,7 +204,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(inside):
 
 # Outputs -----------------------------------------------------------------------------------------
 
-def test_a_link_stays_a_link_a_pipe_is_written_through_and_the_project_is_not_written(tmp_path):
+def test_a_link_stays_a_link_a_pipe_is_written_through_and_the_project_is_not_written(
+        tmp_path, monkeypatch):
     target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
     target.write_text("old")
     link.symlink_to(target)
@@ -220,6 +221,10 @@ def test_a_link_stays_a_link_a_pipe_is_written_through_and_the_project_is_not_wr
                  root / "lab" / "study.jsonl", tmp_path / ".git" / "config"):
         with pytest.raises(UserError, match="belongs to the project"):
             files.write_text(path, "gone")
+    monkeypatch.setattr(files, "HERE", tmp_path)        # what only sounds alike is the user's
+    for name in ("requests.json", "study.jsonl", "data/mine/lengths.json", "out/mine/README.md"):
+        files.write_text(tmp_path / name, "old")
+        files.write_text(tmp_path / name, "new")
     with pytest.raises(UserError, match="cannot write .*irectory"):
         files.write_text(tmp_path, "x")
 
