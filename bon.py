@@ -198,7 +198,6 @@ def open_generator(tokenizer, checkpoint, config):
     generator, its_tokenizer = load_generator(checkpoint["settings"]["generator"], config.device,
                                               checkpoint["inputs"]["p"])
     dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
-    check_fit("generator", its_tokenizer, tokenizer)
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)
         check_fit("judge", its_tokenizer, tokenizer, judge, generator)

@@ -38,7 +38,7 @@ class Stopping:
     patient = False
     asked = None    # the signal that waits
     saved = False   # whether there is a checkpoint to go on from
-    children = set()    # commands that are running, in any thread
+    children = []   # commands that were started, in any thread
 
     @classmethod
     def receive(cls, number, frame):
@@ -49,12 +49,6 @@ class Stopping:
             raise Stopped(number)
         cls.asked = number
         print("\nstopping when this step is done and saved", file=sys.stderr)
-
-    @classmethod
-    def obey(cls):
-        """Stop now, if asked to."""
-        if cls.asked:
-            raise Stopped(cls.asked)
 
 
 def run_script(config_class, main):
@@ -69,7 +63,9 @@ def run_script(config_class, main):
         if os.environ.get("RANK", "0") == "0":      # torchrun's first process speaks for all
             show(config)
         main(config)
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):    # too little memory
+            raise
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
@@ -87,11 +83,8 @@ def run_other(script, quiet=False, **settings):
     pipe = subprocess.PIPE if quiet else None
     command = [sys.executable, HERE / script, *arguments]
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
-        Stopping.children.add(child)
-        try:
-            _, said = child.communicate()
-        finally:
-            Stopping.children.discard(child)
+        Stopping.children.append(child)     # to end one that has ended does nothing
+        _, said = child.communicate()
     if child.returncode:
         why = said.strip() if quiet else "see above"
         raise UserError(f"python {script} {' '.join(arguments)} failed: {why}")
@@ -120,7 +113,8 @@ def parse(config_class, arguments):
             raise UserError(f"--{key} takes {TAKES[kind]}, not {text!r}") from None
         if kind is str:
             values[key] = ",".join(map(os.path.expanduser, text.split(",")))
-    if values.get("json") and [*values.values()].count(values["json"]) > 1:
+    paths = [os.path.realpath(text) for text in values.values() if isinstance(text, str)]
+    if values.get("json") and paths.count(os.path.realpath(values["json"])) > 1:
         raise UserError(f"--json={values['json']} is a file to read; name another to write")
     return config_class(**values)
 

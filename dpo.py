@@ -134,8 +134,7 @@ def train_policy(config, reference, tokenizer, pairs, logprobs, run):
             run.log(record)
             tqdm.write("{:5d}{:10.3f}{:10.3f}{:10.3f}{:11.3f}".format(*record.values()))
         if done % SAVE_EVERY == 0 or done == config.steps or Stopping.asked:
-            run.save(done, policy, optimizer, model_config=dataclasses.asdict(sizes),
-                     tokenizer=tokenizer.to_dict())
+            run.save(done, policy, optimizer, tokenizer)
     return policy.eval().requires_grad_(False)
 
 
@@ -206,7 +205,7 @@ def main(config):
         choose("pairs_from", config.pairs_from, dataset.about["splits"])
     rows, held_out = prompts_of(dataset, config)
     pairs, logprobs = make_pairs(reference, reward_model, tokenizer, rows, config)
-    run = Run("policy", config, {"data": dataset.fingerprint,
+    run = Run("policy", config, {"data": dataset.fingerprint, "pairs": fingerprint(pairs),
                                  "generator": fingerprint(reference.state_dict()),
                                  "reward model": fingerprint(reward_model.state_dict())})
     policy = train_policy(config, reference, tokenizer, pairs, logprobs, run)

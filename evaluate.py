@@ -22,7 +22,7 @@ from benchmarks import (best_threshold, compare_with_truth, first_error_scores, 
                         text_of)
 from data import tokenizer as tokenizers
 from data.dataset import chunks, open_dataset
-from data.files import load_checkpoint, read_json, write_json
+from data.files import fingerprint, load_checkpoint, read_json, write_json
 from data.jsonl import read_pair_rows, read_step_rows
 from data.rows import Row, row_by_row
 from model import ModelConfig, RewardModel
@@ -161,13 +161,14 @@ def evaluate_split(model, dataset, name):
     return {name: results}
 
 
-def evaluate_splits(model, dataset, known=None):
-    """Every split of a Dataset but the training one -> {split: metrics}; known: of some, found."""
+def evaluate_run(model, dataset, settings, known=None):
+    """Every split of a Dataset but the training one, as a table; -> what eval.json holds."""
     found = dict(known or {})
     for name in dataset.about["splits"]:
         if name != "train" and name not in found:
             found |= evaluate_split(model, dataset, name)
-    return found
+    print_table(found)
+    return {"settings": settings, "splits": found, "data": fingerprint(dataset.about["digests"])}
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -256,6 +257,9 @@ def print_table(results):
 def compare_runs(folders):
     """Print runs, one column each, differences to the first in brackets; -> {folder: eval.json}."""
     runs = {one: read_json(Path(one) / "eval.json", "train.py [--resume=True]") for one in folders}
+    for folder, run in runs.items():
+        if "splits" not in run:
+            raise UserError(f"{folder}/eval.json is of a file, not of the run's own splits")
     datasets = sorted({f"{run['settings']['dataset']} ({str(run.get('data'))[:8]})"
                        for run in runs.values()})
     if len(datasets) > 1:
@@ -287,8 +291,7 @@ def main(config):
             results = evaluate_steps(model, tokenizer, config)
         else:
             dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
-            results = {"splits": evaluate_splits(model, dataset)}
-            print_table(results["splits"])
+            results = evaluate_run(model, dataset, checkpoint["settings"])
     if config.json:
         write_json(config.json, results)
 

@@ -67,11 +67,6 @@ def train_generator(config, dataset, device):
     optimizer = make_optimizer(model, config.learning_rate)
     run = Run("generator", config, {"data": dataset.fingerprint})
     first = run.restore(model, optimizer)
-
-    def save(step):
-        run.save(step, model, optimizer, model_config=dataclasses.asdict(model.model.config),
-                 tokenizer=tokenizer.to_dict())
-
     bar = tqdm(range(first, config.steps), "generator", config.steps, initial=first, disable=None,
                leave=False)
     for step in bar:
@@ -91,8 +86,8 @@ def train_generator(config, dataset, device):
             tqdm.write(f"generator step {done:5d}  loss {record['loss']:.4f}"
                        f"  grad_norm {record['grad_norm']:.3f}")
         if (done % SAVE_EVERY == 0 or Stopping.asked) and done < config.steps:
-            save(done)
-    save(config.steps)
+            run.save(done, model, optimizer, tokenizer)
+    run.save(config.steps, model, optimizer, tokenizer)
     return model.eval().requires_grad_(False)
 
 

@@ -60,12 +60,13 @@ def export(checkpoint, folder):
                         "would know its tokenizer")
     if checkpoint["settings"]["readout"] != "last":
         raise UserError("only --readout=last is a reward that other programs compute")
-    base, tokenizer = find_folder(base), from_dict(checkpoint["tokenizer"])
+    name, base, tokenizer = base, find_folder(base), from_dict(checkpoint["tokenizer"])
     if read_tokenizer(base).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{base}, which its generator started from, has another tokenizer now")
     if folder.resolve() == base.resolve():
         raise UserError(f"{folder} holds the pretrained model itself; name another --out")
-    known = load_json(base / "config.json", "the save_pretrained of transformers")
+    known, about = (load_json(base / file, "the save_pretrained of transformers")
+                    for file in ("config.json", "tokenizer_config.json"))
     written = {} if tokenizer.turns is None else tokenizer.turns.start + tokenizer.turns.head
     free = [name for name, i in tokenizer.special.items()
             if i != tokenizer.end_of_text and name not in written]
@@ -75,7 +76,6 @@ def export(checkpoint, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {
         name: weight for name, weight in checkpoint["model"].items() if name != "lm_head.weight"})
-    about = load_json(base / "tokenizer_config.json", "the save_pretrained of transformers")
     about["pad_token"] = free[0]
     if tokenizer.turns:
         about["chat_template"] = chat_template(tokenizer.turns)
@@ -85,14 +85,14 @@ def export(checkpoint, folder):
         "architectures": [f"{kind}ForSequenceClassification"], "torch_dtype": "float32",
         "dtype": "float32", "vocab_size": tokenizer.vocab_size, "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.special[free[0]]}))
-    write_text(folder / "README.md", EXPORTED.format(kind=kind, pad=free[0], base=base.name))
+    write_text(folder / "README.md", EXPORTED.format(kind=kind, pad=free[0], base=Path(name).name))
 
 
 EXPORTED = """A reward model, {kind}ForSequenceClassification with one label, trained from {base}.
 
 The score of a text is read at its last token that is not padding (`{pad}`), which must be the end
-of the reply: tokenizer.apply_chat_template writes such texts, without a system message of its own.
-Batches may be padded on either side.
+of the reply: the tokenizer's chat template, if it has one, writes such texts, without a system
+message of its own. Batches may be padded on either side.
 """
 
 

@@ -22,8 +22,7 @@ from bon import BonConfig, compare_ways, curve, exact_values, obtain_candidates,
 from data.dataset import open_dataset
 from data.files import write_text
 from data.probs import described
-from evaluate import (check_fit, evaluate_splits, load_reward_model, prefix_rewards, score,
-                      table_lines)
+from evaluate import evaluate_run, load_reward_model, prefix_rewards, score, table_lines
 from generator import load_generator, response_logprobs
 
 HALVE_AT = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))  # of the mean length
@@ -221,9 +220,9 @@ def open_model(path, device):
 
 def write_page(config):
     model, checkpoint, dataset, split, exact = open_model(config.checkpoint, config.device)
-    settings, results = checkpoint["settings"], evaluate_splits(model, dataset)
-    generator, its_tokenizer = load_generator(settings["generator"], config.device)
-    check_fit("generator", its_tokenizer, dataset.tokenizer)
+    settings = checkpoint["settings"]
+    results = evaluate_run(model, dataset, settings)["splits"]
+    generator, _ = load_generator(settings["generator"], config.device)
     about = described(settings["generator"], checkpoint["inputs"]["p"])
     taken_at, rows = (about["temperature"], about["top_p"]), list(split)
     rewards = score(model, rows)

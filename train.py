@@ -34,7 +34,7 @@ from data.files import Run, fingerprint, load_checkpoint, write_json
 from data.frozen import store_states
 from data.probs import PROBS, Probs
 from data.rows import batch_of, make_batch, make_targets
-from evaluate import evaluate_split, evaluate_splits, print_table
+from evaluate import evaluate_run, evaluate_split
 from model import (RewardModel, frozen_language_model, learning_rate, length_normalised_nll,
                    make_optimizer, token_logprobs, update)
 from regularizer import READOUTS, REGULARIZERS, last_tokens, read_out
@@ -137,12 +137,11 @@ def train(config, dataset, probs, team):
         if done % config.log_interval == 0 or looks:
             terms = {"bt": bt, "accuracy": (margins > 0).float().mean(), "margin": margins.mean(),
                      "reg": reg, "lm": lm, "grad_norm": norm, "S": S}
+            check_finite(done, *(value.item() for value in terms.values()))
             val = evaluate_split(model, dataset, "val") if looks and team.first else {}
             log(run, done, rate, terms, val)
         if looks or Stopping.asked:
-            run.save(done, model, optimizer, S=S.item(), dataset_kind=dataset.kind,
-                     model_config=dataclasses.asdict(model.model.config),
-                     tokenizer=dataset.tokenizer.to_dict())
+            run.save(done, model, optimizer, dataset.tokenizer, S=S.item())
     return model, val
 
 
@@ -178,7 +177,6 @@ def log(run, step, rate, terms, val):
     """Write and print one line of the log, with what a look at val found, if there was one."""
     record = {"step": step, "learning_rate": rate}
     record |= {name: value.item() + 0.0 for name, value in terms.items()}   # -0.0 becomes 0.0
-    check_finite(step, *record.values())
     found = val.get("val", {})
     record |= {f"val_{key}": found[key] for key in ("accuracy", "correlation") if key in found}
     run.log(record)
@@ -214,12 +212,11 @@ class Team:
         """This process's scores in their places among all.  (2b, t) -> (2B, T)"""
         if self.size == 1:
             return a
-        B, a = shape[0] // 2, F.pad(a, (0, shape[1] - a.size(1)))
-        mine = torch.arange(self.rank, B, self.size, device=a.device)
-        mine = torch.cat([mine, B + mine])
-        everyone = torch.zeros(shape, device=a.device).index_copy(0, mine, a.detach())
-        dist.all_reduce(everyone)
-        return everyone.index_copy(0, mine, a)
+        a = F.pad(a, (0, shape[1] - a.size(1)))
+        everyone = [torch.empty_like(a) for _ in range(self.size)]
+        dist.all_gather(everyone, a.detach())
+        everyone[self.rank] = a
+        return torch.stack(everyone, 1).flatten(0, 1)       # as items[rank::size] took them
 
     def add_up(self, tensors):
         for tensor in tensors if self.size > 1 else ():
@@ -265,11 +262,8 @@ def main(config):
     probs = Probs(config.probs, dataset, config.generator)
     model, val = train(config, dataset, probs, team)
     if team.first:
-        results = evaluate_splits(model, dataset, val)
-        write_json(Path(config.out_dir) / "eval.json",
-                   {"settings": dataclasses.asdict(config), "splits": results,
-                    "data": fingerprint(dataset.about["digests"])})
-        print_table(results)
+        results = evaluate_run(model, dataset, dataclasses.asdict(config), val)
+        write_json(Path(config.out_dir) / "eval.json", results)
         print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json; {time.time() - started:.0f}s")
     if team.size > 1:
         dist.barrier()      # nobody leaves while the first one evaluates

@@ -31,7 +31,7 @@ NOTED = OLDEST, REPEATED, LONG_CANDIDATE, SOME_ANSWERS = (
 def dataset_folder(name):
     """data/NAME, refusing names that are not one plain folder."""
     if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"a dataset's name is one folder's name under data/, not {name!r}")
+        raise UserError(f"a dataset's --name is one folder's name under data/, not {name!r}")
     return Path("data") / name
 
 

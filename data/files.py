@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from config import HERE, Stopping, UserError, check_finite
+from config import HERE, Stopped, Stopping, UserError, check_finite
 
 try:
     import fcntl
@@ -23,7 +23,7 @@ except ImportError:     # Windows: a folder that is in use is not noticed
     fcntl = None
 
 EDITION = "3"   # of what is written; part of every checksum
-OURS = re.compile(r"(?!out/).*\.(py|md|css|sh)|LICENSE|requirements\.txt|pyproject\.toml"
+OURS = re.compile(r"(?!out/).*\.(py|md|css|sh)|LICENSE|requirements\.txt|pyproject\.toml|tests/.*"
                   r"|data/lengths\.json|lab/(study|real)\.jsonl|exercises/experiment\.json")
 
 
@@ -281,10 +281,11 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def save(self, step, model, optimizer, **more):
+    def save(self, step, model, optimizer, tokenizer, **more):
         """Write ckpt.pt: step updates are done. Then stop, if asked to."""
         checkpoint = dict(kind=self.kind, settings=self.settings, inputs=self.inputs, step=step,
                           model=model.state_dict(), optimizer=optimizer.state_dict(),
+                          model_config=vars(model.model.config), tokenizer=tokenizer.to_dict(),
                           logged=self.log_size, **more)
         check_finite(step, *(weight.sum().item() for weight in checkpoint["model"].values()))
         if self.writes:
@@ -292,4 +293,5 @@ class Run:
             write_atomically(self.folder / "ckpt.pt", partial(save_tensors, checkpoint))
         Stopping.patient = Stopping.patient and step < self.settings["steps"]
         Stopping.saved = True
-        Stopping.obey()
+        if Stopping.asked:
+            raise Stopped(Stopping.asked)

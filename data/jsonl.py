@@ -34,9 +34,10 @@ def read_items(path, parse, as_dialogue=False, left_out=None, skip_bad=False, co
     it they pass in silence (where a file is read again)."""
     found = rows = 0
     keys, bad = Counter(), Counter()
-    for number, line in islice(enumerate(lines_of(path), start=1), 0, None, every):
+    lines = ((number, line) for number, line in enumerate(lines_of(path), start=1) if line.strip())
+    for number, line in islice(lines, 0, None, every):
         try:
-            row = convert(decode_row(line)) if line.strip() else None
+            row = convert(decode_row(line))
             items = [] if row is None else parse(row, as_dialogue)
             keys.update(list(row or ()))
         except BadRow as reason:

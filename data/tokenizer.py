@@ -174,7 +174,7 @@ def from_dict(saved):
 def gpt2():
     try:
         found = openai_public.gpt2()
-    except OSError as error:
+    except (OSError, ValueError) as error:      # the second: it has another hash
         raise UserError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): set "
                         "TIKTOKEN_CACHE_DIR to a folder with it, or --tokenizer=bpe:4096") from None
     return Tokenizer("gpt2", found["mergeable_ranks"], found["pat_str"], found["special_tokens"])

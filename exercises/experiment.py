@@ -14,9 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import mean_and_half_width
-from config import in_range, run_script
+from config import choose, in_range, run_script
 from exercises.tasks import EXPERIMENT
 from lab.study import Arm, run_draw
+from regularizer import REGULARIZERS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ExperimentConfig:
 
 def main(config):
     in_range(config, 5, 100, "draws")
+    for name in (config.regularizer, config.against):
+        choose("regularizer", name, REGULARIZERS)
     arms, differences = [Arm(config.against), Arm(config.regularizer)], []
     draws = list(range(config.first_draw, config.first_draw + config.draws))
     for draw in draws:

@@ -48,8 +48,11 @@ def grade(folder):
 
 
 if __name__ == "__main__":
+    others = []
     for name in sys.argv[1:] or [str(ROOT)]:
         if (Path(name) / "regularizer.py").is_file():
             grade(Path(name).resolve())
         else:
-            print(f"error: {name} is no copy of the project", file=sys.stderr)
+            others.append(name)
+    if others:
+        sys.exit(f"error: no copy of the project: {', '.join(others)}")

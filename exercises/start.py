@@ -31,6 +31,9 @@ def start(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    start(Path(sys.argv[1]))
+    try:
+        start(Path(sys.argv[1]))
+    except OSError as error:
+        sys.exit(f"error: {error}")
     print(f"wrote {sys.argv[1]}; read exercises/README.md there, and grade it with\n"
           f"    cd {sys.argv[1]}; python exercises/grade.py")

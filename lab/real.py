@@ -16,7 +16,7 @@ from statistics import harmonic_mean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import HERE, UserError, autocast, pick_device, run_other, run_script
+from config import HERE, UserError, autocast, in_range, pick_device, run_other, run_script
 import numpy as np
 
 from benchmarks import best_threshold, first_below, mean_and_half_width
@@ -81,10 +81,10 @@ TABLES = {"Pairs and candidates": [*MEASURES][:5],
 
 # What is measured --------------------------------------------------------------------------------
 
-def with_states(rows, trunk, folder):
-    """Rows with the hidden states below the trained blocks, kept by the rows' fingerprint."""
+def with_states(rows, trunk, folder, dtype):
+    """Rows with the hidden states below the trained blocks, kept by a fingerprint of both."""
     sizes = [row.size for row in rows]
-    which = fingerprint(*(part for row in rows for part in (row.prompt, *row.responses)))
+    which = fingerprint(dtype, *(part for row in rows for part in (row.prompt, *row.responses)))
     path = folder / f"{which[:16]}-below-{trunk.frozen}.npy"
     if not path.exists():
         write_array(path, (sum(sizes), trunk.config.n_embd), "<f2", states_of(trunk, rows))
@@ -107,21 +107,21 @@ class Measures:
         checkpoint = load_checkpoint(folder, "generator")
         if checkpoint["settings"]["init_from"] != config.init_from:     # a namesake
             raise UserError(f"{folder} is of {checkpoint['settings']['init_from']}; move it away")
-        trunk = frozen_language_model(checkpoint).model
-        trunk.to(pick_device("auto"))
+        trunk = frozen_language_model(checkpoint).model.to(pick_device("auto"))
         trunk.freeze(len(trunk.layers) - UNFROZEN)
         self.frozen, split = trunk.frozen, dataset.split("val")
         split.below = store_states(trunk, dataset, ("train", "val"), folder)["val"]
         self.pairs = [split[i] for i in range(len(split))]
         about = dataset.tokenizer, dataset.block_size, True     # plain prompts are dialogues
+        below = trunk, folder, config.dtype
         items, rows, _ = read_pair_rows(config.rm_bench, *about)
         if [item.cell for item in items] != [*product(range(3), repeat=2)] * (len(rows) // 9):
             raise UserError(f"{config.rm_bench}: a prompt has not nine pairs")
-        self.styles = with_states([three_by_three(some) for some in chunks(rows, 9)], trunk, folder)
+        self.styles = with_states([three_by_three(some) for some in chunks(rows, 9)], *below)
         self.items, rows, _ = read_candidate_rows(config.candidates, *about)
-        self.candidates = with_states(rows[:CANDIDATES], trunk, folder)
+        self.candidates = with_states(rows[:CANDIDATES], *below)
         self.solutions, rows, self.ends = read_step_rows(config.steps, *about)
-        self.steps = with_states(rows, trunk, folder)
+        self.steps = with_states(rows, *below)
 
     def of(self, rewards_of):
         """The rewards of rows by a judge (a function) -> a digit of each case of each measure."""
@@ -185,7 +185,6 @@ def make_generator(config, name):
     if not (folder / "p.json").exists():
         run_other("generator.py", dataset=config.name, out_dir=folder, steps=0,
                   dtype=config.dtype, **how)
-    return folder
 
 
 def settings_of(config, arm):
@@ -279,6 +278,7 @@ def tables(found):
 
 
 def main(config):
+    in_range(config, 1, 64, "workers")
     if not config.tables:
         if not Path(f"data/{config.name}/dataset.json").exists():
             run_other("data/prepare.py", name=config.name, input=config.pairs, val_share=0.2,

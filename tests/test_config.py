@@ -47,8 +47,9 @@ def test_a_bad_setting_is_named(argument, message):
 
 
 def test_a_file_that_is_read_is_not_written():
-    with pytest.raises(UserError, match="--json=x.json is a file to read"):
-        parse(evaluate.EvalConfig, ["--compare=y", "--data=x.json", "--json=x.json"])
+    for written in ("x.json", "./x.json", "y/../x.json"):
+        with pytest.raises(UserError, match=f"--json={written} is a file to read"):
+            parse(evaluate.EvalConfig, ["--compare=y", "--data=x.json", f"--json={written}"])
     parse(evaluate.EvalConfig, ["--data=", "--json=", "--checkpoint=x", "--steps=x"])
 
 
@@ -113,7 +114,8 @@ def test_a_signal_ends_a_script_with_one_line_and_its_own_status(handlers, capsy
 
 @pytest.mark.parametrize("error", [
     UserError("no such thing"), OSError("disk\nfull"), MemoryError("too large"),
-    torch.OutOfMemoryError("CUDA out of memory")])
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")])
 def test_a_users_error_is_one_line_with_exit_status_2(error, capsys, monkeypatch, handlers):
     def main(settings):
         raise error
@@ -123,6 +125,14 @@ def test_a_users_error_is_one_line_with_exit_status_2(error, capsys, monkeypatch
         run_script(Example, main)
     text = str(error).replace("\n", " ")
     assert stop.value.code == 2 and capsys.readouterr().err == f"error: {text}\n"
+
+
+def test_a_fault_of_ours_is_a_traceback(monkeypatch, handlers):
+    def main(settings):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run_script(Example, main)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

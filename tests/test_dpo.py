@@ -64,6 +64,10 @@ def test_pairs_may_be_those_of_a_split_as_the_reward_model_ranks_them(inside):
         run("out/dpo-of-no-split", pairs_from="swaped")
 
 
+def reversed_pairs(rows, rewards, best_and_worst=dpo.best_and_worst):
+    return best_and_worst(rows, rewards)[::-1]
+
+
 def test_a_policy_is_trained_killed_continued_and_judged(inside):
     found, log = run("out/dpo", judge="out/run")
     assert 8 < found["pairs"] <= 24 and len(found["win_rate"]) == 2
@@ -80,6 +84,9 @@ def test_a_policy_is_trained_killed_continued_and_judged(inside):
     assert {**continued, "settings": 0} == {**found, "settings": 0} and its_log == log
     with pytest.raises(UserError, match="--beta=0.1, not 0.2"):
         run("out/dpo", judge="out/run", beta=0.2, resume=True)
+    with mock.patch.object(dpo, "best_and_worst", reversed_pairs):      # as another device samples
+        with pytest.raises(UserError, match="another pairs than there is now"):
+            run("out/dpo", judge="out/run", resume=True)
     args = ["--checkpoint=out/run", "--generator=out/dpo", "--steps=1", "--prompts=12"]
     dpo.main(parse(dpo.DPOConfig, [*args, "--samples=4", "--held_out=5", "--device=cpu"]))
     assert Path("out/dpo-run-dpo-seed0/ckpt.pt").exists()   # a second round starts from the first

@@ -151,6 +151,12 @@ def test_the_datasets_own_splits_are_the_ones_that_training_reported(inside, tmp
     main("--checkpoint=out/run", f"--json={tmp_path / 'o.json'}")
     reported = json.loads(Path("out/run/eval.json").read_text())["splits"]
     assert json.loads((tmp_path / "o.json").read_text())["splits"] == reported
+    again = tmp_path / "again" / "eval.json"    # as whoever evaluates a run anew writes it
+    main("--checkpoint=out/run", f"--json={again}")
+    main(f"--compare=out/run,{again.parent}")
+    write_json(again, {"accuracy": 0.5})
+    with pytest.raises(UserError, match="eval.json is of a file, not of the run's own splits"):
+        main(f"--compare=out/run,{again.parent}")
     digests = open_dataset("toy").about["digests"]      # other held-out data are other data
     assert read_json("out/run/eval.json", "")["data"] == fingerprint(digests)
 

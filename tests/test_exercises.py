@@ -3,6 +3,7 @@ answers loses the points of its own task and no others."""
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,3 +172,16 @@ def test_grading_prints_points_and_survives_a_loop_and_an_exit(copy, monkeypatch
     found = json.loads((copy / "grade.json").read_text())
     assert "the process ended early" in done.stdout and done.returncode == 0
     assert found["total"] <= 40 and found["points"]["8"] == 10
+
+
+@pytest.mark.parametrize("command, message", [
+    ("grade.py nowhere", "error: no copy of the project: nowhere"),
+    ("start.py file/copy", "error: .*Not a directory"), ("start.py .", "error: . is not empty"),
+    ("experiment.py --regularizer=quite", "error: unknown regularizer 'quite'; choose one of: ")])
+def test_a_mistake_in_a_command_of_the_course_is_one_line(command, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    script, argument = command.split()
+    done = subprocess.run([sys.executable, EXERCISES / script, argument], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode and len(done.stderr.splitlines()) == 1
+    assert re.match(message, done.stderr)

@@ -27,6 +27,7 @@ from data.dataset import open_array, open_dataset
 from data.files import Run, load_checkpoint, read_json
 from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
 from data.probs import Probs
+from data.tokenizer import make
 from data.tokenizer_json import read_tokenizer
 from data.weights import read_safetensors
 
@@ -153,11 +154,11 @@ def test_weights_that_are_no_numbers_do_not_replace_a_checkpoint(inside, tiny):
     """Between two steps that are logged a run may be stopped, and nobody has looked at the loss."""
     run = Run("reward model", small_run("out/spoilt"), {})
     optimizer = torch.optim.SGD(tiny.parameters(), 0.1)
-    run.save(3, tiny, optimizer)
+    run.save(3, tiny, optimizer, make("bpe:257", []))
     whole = Path("out/spoilt/ckpt.pt").read_bytes()
     tiny.score.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite at step 4"):
-        run.save(4, tiny, optimizer)
+        run.save(4, tiny, optimizer, make("bpe:257", []))
     assert Path("out/spoilt/ckpt.pt").read_bytes() == whole
 
 
@@ -218,7 +219,8 @@ def test_a_link_stays_a_link_a_pipe_is_written_through_and_the_project_is_not_wr
     assert pipe.is_fifo() and read_json(target, "")["a"] == 1
     root = Path(config.__file__).parent
     for path in (root / "README.md", root / "regularizer.py", root / "data" / "lengths.json",
-                 root / "lab" / "study.jsonl", tmp_path / ".git" / "config"):
+                 root / "lab" / "study.jsonl", root / "tests/pretrained/llama/config.json",
+                 tmp_path / ".git" / "config"):
         with pytest.raises(UserError, match="belongs to the project"):
             files.write_text(path, "gone")
     monkeypatch.setattr(files, "HERE", tmp_path)        # what only sounds alike is the user's

@@ -226,6 +226,11 @@ def test_an_exported_model_is_the_trained_one_in_the_layout_it_came_in(prepared)
         pretrained.main(pretrained.ExportConfig("out/a", "base/../base"))
     assert all(torch.equal(weight, before[name])
                for name, weight in read_model(prepared).state_dict().items())
+    assert "trained from base.\n" in Path("exported/README.md").read_text()
+    (prepared / "tokenizer_config.json").rename("kept.json")
+    with pytest.raises(UserError, match="tokenizer_config.json is missing"):
+        pretrained.main(pretrained.ExportConfig("out/a", "half"))
+    assert not Path("half").exists()
     shutil.copy(FOLDERS / "tokenizers" / "qwen.json", prepared / "tokenizer.json")
     with pytest.raises(UserError, match="base, .* started from, has another tokenizer now"):
         pretrained.main(pretrained.ExportConfig("out/a", "exported"))
