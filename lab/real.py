@@ -201,7 +201,7 @@ def run(config, measures, job):
     how = settings_of(config, arm)
     make_generator(config, arm.generator)
     run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
-              eval_interval=10**6, **arm._asdict() | how)
+              eval_interval=10**6, recompute=not how["unfrozen"], **arm._asdict() | how)
     model, _, _ = load_reward_model(folder, "auto")
     model.model.frozen = measures.frozen
     with autocast(pick_device("auto"), config.dtype):
