@@ -195,8 +195,8 @@ def open_generator(tokenizer, checkpoint, config):
     """The reward model's own generator and dataset, and what responses are worth: to the judge or,
     on the toy world, their gold.  -> LanguageModel, Dataset, a function of Rows to lists of worths
     """
-    generator, its_tokenizer = load_generator(checkpoint["settings"]["generator"], config.device,
-                                              checkpoint["inputs"]["p"])
+    generator, _ = load_generator(checkpoint["settings"]["generator"], config.device,
+                                  checkpoint["inputs"]["p"])
     dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)

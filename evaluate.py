@@ -162,7 +162,7 @@ def evaluate_split(model, dataset, name):
 
 
 def evaluate_run(model, dataset, settings, known=None):
-    """Every split of a Dataset but the training one, as a table; -> what eval.json holds."""
+    """Every split but the training one, as a table; known: found before. -> what eval.json holds"""
     found = dict(known or {})
     for name in dataset.about["splits"]:
         if name != "train" and name not in found:
@@ -280,8 +280,8 @@ def main(config):
     if config.compare:
         results = compare_runs([name for name in config.compare.split(",") if name])
     else:
-        if config.data and config.steps:
-            raise UserError("one thing at a time: --data=FILE, or --steps=FILE")
+        if config.data and config.steps or config.threshold_from and not config.steps:
+            raise UserError("one thing at a time: --data=FILE, or --steps=A --threshold_from=B")
         model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
         if config.data:
             results = evaluate_file(model, tokenizer, config)

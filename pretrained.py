@@ -54,13 +54,13 @@ def export(checkpoint, folder):
     """A reward model's checkpoint -> a folder that AutoModelForSequenceClassification opens."""
     generator = load_checkpoint(checkpoint["settings"]["generator"], "generator", "policy")
     described(checkpoint["settings"]["generator"], checkpoint["inputs"]["p"])
-    base = generator["settings"].get("init_from")
-    if not base:
+    name = generator["settings"].get("init_from")
+    if not name:
         raise UserError("its generator did not start from a pretrained model: no program elsewhere "
                         "would know its tokenizer")
     if checkpoint["settings"]["readout"] != "last":
         raise UserError("only --readout=last is a reward that other programs compute")
-    name, base, tokenizer = base, find_folder(base), from_dict(checkpoint["tokenizer"])
+    base, tokenizer = find_folder(name), from_dict(checkpoint["tokenizer"])
     if read_tokenizer(base).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{base}, which its generator started from, has another tokenizer now")
     if folder.resolve() == base.resolve():
@@ -68,14 +68,14 @@ def export(checkpoint, folder):
     known, about = (load_json(base / file, "the save_pretrained of transformers")
                     for file in ("config.json", "tokenizer_config.json"))
     written = {} if tokenizer.turns is None else tokenizer.turns.start + tokenizer.turns.head
-    free = [name for name, i in tokenizer.special.items()
-            if i != tokenizer.end_of_text and name not in written]
+    free = [token for token, i in tokenizer.special.items()
+            if i != tokenizer.end_of_text and token not in written]
     if not free:
         raise UserError(f"the tokenizer of {base} has no special token to spare for padding")
     kind = known["model_type"].capitalize()     # Llama, Qwen2 or Qwen3
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", {
-        name: weight for name, weight in checkpoint["model"].items() if name != "lm_head.weight"})
+        key: weight for key, weight in checkpoint["model"].items() if key != "lm_head.weight"})
     about["pad_token"] = free[0]
     if tokenizer.turns:
         about["chat_template"] = chat_template(tokenizer.turns)

@@ -256,6 +256,7 @@ def test_runs_stand_side_by_side_with_their_differences_to_the_first(tmp_path, c
     ("--checkpoint=out/toy-generator", "holds no reward model"),
     ("--checkpoint=out/cut.pt", "no checkpoint, or cut short"),
     ("--checkpoint=out/run --data=a --steps=b", "one thing at a time"),
+    ("--checkpoint=out/run --threshold_from=b", "one thing at a time"),
     ("--checkpoint=out/run --data=nowhere.jsonl", "nowhere.jsonl")])
 def test_mistakes_are_one_line_errors(inside, arguments, message):
     Path("out/cut.pt").write_bytes(Path("out/run/ckpt.pt").read_bytes()[:5000])
