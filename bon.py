@@ -1,268 +1,533 @@
-"""Best-of-n: how much better is the response that the reward model picks out of n?
+"""Best-of-n: how much better is the response that the reward model selects out of n?
 
-    python bon.py --checkpoint=out/toy-icrm-seed0                   sampled; worth their gold
-    python bon.py --checkpoint=CKPT --judge=OTHER --json=OUT.json   sampled; worth OTHER's reward
-    python bon.py --checkpoint=CKPT --candidates=FILE.jsonl         stored, each with its worth
-    python bon.py --checkpoint=CKPT --halve=12,20,28                drop the worse half on the way
+    python bon.py --checkpoint=out/toy-icrm-seed0
+    python bon.py --checkpoint=out/toy-icrm-seed0 --halving_lengths=12,20,28
+    python bon.py --checkpoint=DIR --judge=OTHER         scored by another reward model
+    python bon.py --checkpoint=DIR --candidates=F.jsonl  stored responses and scores
 
-Of M candidates, n drawn without replacement are all among the c of lowest reward with probability
-C(c, n) / C(M, n): what the best of n is worth is known without resampling. Where every response has
-a final `answer`, the majority vote stands beside. --halve drops candidates half-written, by
-their prefixes' rewards (successive halving, as speculative rejection, arXiv 2410.20290, does for
-whole batches). Left out: votes weighted by reward.
+The generator samples candidates for held-out prompts. A selected response is judged by
+its gold score: its true quality on the toy world, the judge's reward, or the score
+stored in the file. Best-of-n over subsets of the candidates is computed exactly.
+
+--halving_lengths does successive halving: whenever the candidates reach one of these
+lengths, the half with the lower prefix rewards is dropped (related to speculative
+rejection, arXiv 2410.20290). It is compared with best-of-n at the same token budget.
 """
+
 import dataclasses
-import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from config import UserError, in_range, run_script
+from common import UserError, check_range, format_json, open_output, run_script
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.dataset import open_dataset
-from data.files import write_json
-from data.jsonl import read_candidate_rows
-from data.rows import Row
-from data.toy.world import World
-from evaluate import (check_fit, final_rewards, load_reward_model, prefix_rewards, print_lines,
-                      text_of)
-from generator import Sampling, finished, load_generator, sample_rows
+from data.batch import Example
+from data.dataset import chunks, open_dataset
+from data.toy import World
+from evaluate import format_cell, load_reward_model, print_lines, score
+from generator import load_generator
+from model import KVCache
+
+BOOTSTRAP_SAMPLES = 1000
+MAX_CACHE = 2**31  # bytes of keys and values while sampling
+RESPONSES_PER_ROW = 8  # of one prompt. The cost of attention grows with length squared
 
 
 @dataclass(frozen=True)
 class BonConfig:
-    checkpoint: str = ""        # a reward model: its ckpt.pt, or the folder that holds it
-    candidates: str = ""        # JSONL of prompt and responses; empty: sampled from its generator
-    judge: str = ""             # another reward model: what sampled responses are worth to it
-    json: str = ""              # write the results here
-    prompts: int = 100          # held-out prompts to sample for
-    samples: int = 64           # responses to sample for each
-    halve: str = ""             # after so many tokens each drop the worse half: 12,20,28
-    max_new_tokens: int = 256   # longest response; those without an end by then are left out
-    seed: int = 0               # of sampling
-    as_dialogue: bool = False   # write plain prompts as one Human turn
-    skip_bad: bool = False      # go on where much of a file is left out
-    device: str = "auto"        # auto, cpu, cuda, cuda:N
+    checkpoint: str = ""  # a reward model: its folder or ckpt.pt
+    candidates: str = ""  # JSONL of prompts and responses. empty: sample them
+    judge: str = ""  # another reward model that gives the gold scores
+    json: str = ""  # write the results to this file
+    prompts: int = 100  # held-out prompts to sample for
+    samples: int = 64  # responses to each prompt
+    halving_lengths: str = ""  # numbers of tokens after which half is dropped: 12,20,28
+    max_new_tokens: int = 256  # longest response. Unfinished ones are left out
+    seed: int = 0  # of sampling
+    wrap_as_chat: bool = False  # turn plain prompts into one Human turn
+    max_bad_fraction: float = 0.05  # most rows of a file skipped for one reason
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
-# Estimators --------------------------------------------------------------------------------------
+# Sampling -----------------------------------------------------------------------------
 
-def best_of_n(rewards, worth, n):
-    """Expected worth of the candidate of highest reward among n of M; equal ones share.
-    best_of_n([0.1, 0.9, 0.5], [0, 3, 0], 2) is 2.0: the middle one is in two of three subsets."""
+
+class Sampler:
+    """Samples n responses to each prompt, token by token.
+
+    A prompt is read once. Its keys and values are shared by its n rows.
+
+    prompts: (P, T) int64, all of one length
+    rng: torch.Generator on the prompts' device
+    temperature: 0 is greedy decoding
+    tokens: (P*n, t) the tokens so far, prompt by prompt. A finished response is filled
+        up with end-of-text
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model, prompts, n, end_of_text, rng, max_new_tokens=10**9, temperature=1.0
+    ):
+        self.model, self.end_of_text, self.rng = model, end_of_text, rng
+        self.temperature = temperature
+        n_prompts, length = prompts.shape
+        self.max_new_tokens = min(max_new_tokens, model.config.block_size - length)
+        if self.max_new_tokens < 1:
+            raise UserError(f"a prompt fills the context of {length} tokens")
+        size, device = length + self.max_new_tokens, prompts.device
+        dtype = model.lm_head.weight.dtype
+        self.cache = KVCache(model.config, n_prompts, size, device, dtype)
+        positions = torch.arange(length, device=device).expand(n_prompts, -1)
+        hidden = model.model(prompts, positions, cache=self.cache)
+        self.hidden = hidden[:, -1]  # (P, C)
+        self.tokens = torch.empty(n_prompts, 0, dtype=torch.int64, device=device)
+        rows = torch.arange(n_prompts, device=device)
+        self.select_rows(rows.repeat_interleave(n))
+
+    def select_rows(self, rows):
+        """Continue with these rows only, in this order. A row may be repeated."""
+        self.hidden, self.tokens = self.hidden[rows], self.tokens[rows]
+        self.cache.select_rows(rows)
+
+    @torch.no_grad()
+    def generate(self, count=10**9):
+        """Sample up to `count` more tokens in every row.
+
+        Returns all sampled tokens, one array per row, up to its end-of-text.
+        """
+        for _ in range(min(count, self.max_new_tokens - self.tokens.size(1))):
+            finished = (self.tokens == self.end_of_text).any(1)  # (P*n,)
+            if finished.all():
+                break
+            if self.tokens.size(1) > 0:
+                last = self.tokens[:, -1:]
+                positions = torch.full_like(last, self.cache.length)
+                hidden = self.model.model(last, positions, cache=self.cache)
+                self.hidden = hidden[:, -1]  # (P*n, C)
+            logits = self.model.lm_head(self.hidden)  # (P*n, V)
+            token = sample_token(logits, self.rng, self.temperature)
+            token = torch.where(finished, self.end_of_text, token)
+            self.tokens = torch.cat([self.tokens, token[:, None]], 1)
+        responses = []
+        for row in self.tokens.cpu().numpy():
+            length = (row != self.end_of_text).sum() + 1
+            responses.append(row[:length])
+        return responses
+
+
+def sample_token(logits, rng, temperature):
+    """Sample one token from each row of logits. (rows, V) -> (rows,)"""
+    if temperature == 0:
+        return logits.argmax(1)
+    probs = (logits.float() / temperature).softmax(1)
+    # Of exponential waiting times with rates p, each is the shortest with
+    # probability p.
+    uniform = torch.rand(probs.shape, generator=rng, device=probs.device)
+    waiting_times = -uniform.log() / probs
+    return waiting_times.argmin(1)
+
+
+def sample_responses(
+    model, tokenizer, prompts, n, seed, max_new_tokens=10**9, max_rows=256
+):
+    """Sample n responses to each prompt (token ids). Return an Example for each.
+
+    Prompts of one length are sampled together, in batches of about max_rows responses,
+    or fewer if their keys and values need more than MAX_CACHE bytes. A response ends
+    with end-of-text, unless it reaches max_new_tokens before.
+    """
+    config = model.config
+    rng = torch.Generator(model.device).manual_seed(seed)
+    bytes_per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * 4
+    examples = [None] * len(prompts)
+    progress = tqdm(total=len(prompts), desc="sampling", disable=None, leave=False)
+    for length in sorted({len(prompt) for prompt in prompts}):
+        same_length = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        max_tokens = min(length + max_new_tokens, config.block_size)
+        rows = min(max_rows, MAX_CACHE // (bytes_per_token * max_tokens))
+        for group in chunks(same_length, max(1, rows // n)):
+            tokens = np.stack([prompts[i] for i in group]).astype(np.int64)
+            tokens = torch.from_numpy(tokens).to(model.device)
+            sampler = Sampler(
+                model, tokens, n, tokenizer.end_of_text, rng, max_new_tokens
+            )
+            responses = sampler.generate()
+            for i, own_responses in zip(group, chunks(responses, n)):
+                examples[i] = Example(prompts[i], tuple(own_responses))
+            progress.update(len(group))
+    progress.close()
+    return examples
+
+
+def drop_truncated(examples, tokenizer):
+    """Keep only the responses that end with end-of-text."""
+    finished = []
+    for example in examples:
+        responses = []
+        for response in example.responses:
+            if len(response) and response[-1] == tokenizer.end_of_text:
+                responses.append(response)
+        finished.append(Example(example.prompt, tuple(responses)))
+    return finished
+
+
+# Scoring candidates -------------------------------------------------------------------
+
+
+def candidate_rewards(model, examples):
+    """`score` for many responses per prompt. Equal responses are scored once."""
+    parts, owners = [], []
+    for number, example in enumerate(examples):
+        distinct = {response.tobytes(): response for response in example.responses}
+        for responses in chunks(distinct.values(), RESPONSES_PER_ROW):
+            parts.append(Example(example.prompt, tuple(responses)))
+            owners.append(number)
+    rewards_of = [{} for _ in examples]
+    for number, part, rewards in zip(owners, parts, score(model, parts)):
+        for response, reward in zip(part.responses, rewards):
+            rewards_of[number][response.tobytes()] = reward
+    results = []
+    for rewards, example in zip(rewards_of, examples):
+        results.append([rewards[response.tobytes()] for response in example.responses])
+    return results
+
+
+def final_rewards(model, examples):
+    """The reward of every response, one array per Example."""
+    results = []
+    for rewards in candidate_rewards(model, examples):
+        results.append(np.array([response[-1] for response in rewards]))
+    return results
+
+
+def check_same_tokenizer(name, its_tokenizer, tokenizer):
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the {name} and the reward model use different tokenizers")
+
+
+# Best-of-n ----------------------------------------------------------------------------
+
+
+def best_of_n(rewards, gold_scores, n):
+    """Expected gold score of the highest-reward candidate among n of M, exactly.
+
+    The n candidates are drawn without replacement. They all are among the c lowest
+    rewards with probability C(c, n) / C(M, n). Candidates with equal rewards share.
+    For example, best_of_n([0.1, 0.9, 0.5], [0, 3, 0], 2) is 2.0, because the second
+    candidate is in two of the three subsets.
+    """
     # task 6
-    _, place, size = np.unique(rewards, return_inverse=True, return_counts=True)
-    among = [math.comb(int(c), n) / math.comb(len(place), n) for c in (0, *size.cumsum())]
-    chances = np.diff(among) / size     # of each candidate of a reward
-    return float(chances[place] @ np.asarray(worth, dtype=float))
+    M, expected, n_below = len(rewards), 0.0, 0
+    rewards, gold_scores = np.asarray(rewards), np.asarray(gold_scores, dtype=float)
+    for reward in np.unique(rewards):
+        tied = rewards == reward
+        n_not_above = n_below + int(tied.sum())
+        ways = math.comb(n_not_above, n) - math.comb(n_below, n)
+        expected += ways / math.comb(M, n) * gold_scores[tied].mean()
+        n_below = n_not_above
+    return float(expected)
     # end
 
 
-def halve(rewards, places):
-    """Successive halving: after so many tokens each (places, rising) keep the better half of the
-    candidates by the reward of what is written, and finish the survivors.
-
-    rewards: of every prefix, one array per candidate. -> number of the best survivor, and the
-    tokens written in all. halve([[0, 9], [1, 2], [0, 5]], [1]) is (0, 5): two survive their first
-    token, 1 and, of equals, 0; those are finished."""
-    alive, written = list(range(len(rewards))), [0] * len(rewards)
-    for place in (*places, max(map(len, rewards))):
-        for i in alive:
-            written[i] = min(place, len(rewards[i]))
-        alive.sort(key=lambda i: -rewards[i][written[i] - 1])
-        alive = alive[:math.ceil(len(alive) / 2)]
-    return alive[0], sum(written)
-
-
-def majority_of_n(answers, worth, n, rng, draws=500):
-    """Expected worth of the commonest answer among n of M; equally common ones share, and each is
-    worth the mean of its responses. Over all subsets, or `draws` random ones of more than those."""
-    kinds, kind = np.unique(answers, return_inverse=True)
-    value = np.bincount(kind, worth) / np.bincount(kind)
-    subsets = map(list, itertools.combinations(range(len(answers)), n))
-    if math.comb(len(answers), n) > draws:
-        subsets = (rng.permutation(len(answers))[:n] for _ in range(draws))
-    votes = (np.bincount(kind[subset], minlength=len(kinds)) for subset in subsets)
-    return float(np.mean([value[count == count.max()].mean() for count in votes]))
-
-
-def interval_by_prompt(values, prompts, rng, draws=1000):
-    """95% bootstrap interval of the mean of values; those of one prompt go together."""
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    whose = [number[prompt] for prompt in prompts]
-    sums, counts = np.bincount(whose, values), np.bincount(whose)           # (prompts,) each
-    picks = rng.integers(len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)                       # (draws,)
+def interval_by_prompt(values, prompts, rng):
+    """95% bootstrap interval of the mean of values. It resamples whole prompts."""
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    owners = [numbers[prompt] for prompt in prompts]
+    totals, counts = np.bincount(owners, values), np.bincount(owners)  # (prompts,)
+    samples = rng.integers(len(totals), size=(BOOTSTRAP_SAMPLES, len(totals)))
+    means = totals[samples].sum(1) / counts[samples].sum(1)  # (BOOTSTRAP_SAMPLES,)
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def curve(rewards, worth, prompts, answers=None):
-    """Best-of-n for n = 1, 2, 4, ..., over the sets of candidates that are at least n.
+def best_of_n_curve(rewards, gold_scores, prompts):
+    """Best-of-n for n = 1, 2, 4, ..., as rows of a table.
 
-    rewards, worth (and answers): one list per set; prompts: whose each is. random is any candidate,
-    oracle the worth itself as the reward (pass@n), low and high the reward model's interval."""
-    rows, rng = [], np.random.default_rng(0)
-    for n in (2 ** k for k in range(max(map(len, rewards)).bit_length())):
-        some = [i for i, r in enumerate(rewards) if len(r) >= n]
-        theirs = [prompts[i] for i in some]
-        picked = [best_of_n(rewards[i], worth[i], n) for i in some]
-        low, high = interval_by_prompt(picked, theirs, rng)
-        others = {"random": [np.mean(worth[i]) for i in some],
-                  "oracle": [best_of_n(worth[i], worth[i], n) for i in some]}
-        if answers and all(answers):
-            others["majority"] = [majority_of_n(answers[i], worth[i], n, rng) for i in some]
-        rows.append({"n": n, "prompts": len(set(theirs)), "kl_at_most": math.log(n) - (n - 1) / n,
-                     "reward_model": float(np.mean(picked)), "low": low, "high": high,
-                     **{name: float(np.mean(values)) for name, values in others.items()}})
+    rewards, gold_scores: one list per set of candidates. prompts: the sets' prompts
+    random, oracle: a random candidate, and the one with the highest gold score
+    kl_at_most: upper bound of the KL divergence from the generator, log n - (n - 1) / n
+    """
+    rows, rng, n = [], np.random.default_rng(0), 1
+    most_candidates = max(len(set_rewards) for set_rewards in rewards)
+    while n <= most_candidates:
+        selected, random, oracle, owners = [], [], [], []
+        for r, gold, prompt in zip(rewards, gold_scores, prompts):
+            if len(r) >= n:
+                selected.append(best_of_n(r, gold, n))
+                random.append(np.mean(gold))
+                oracle.append(best_of_n(gold, gold, n))
+                owners.append(prompt)
+        low, high = interval_by_prompt(selected, owners, rng)
+        row = {
+            "n": n,
+            "prompts": len(set(owners)),
+            "kl_at_most": math.log(n) - (n - 1) / n,
+            "reward_model": float(np.mean(selected)),
+            "low": low,
+            "high": high,
+            "random": float(np.mean(random)),
+            "oracle": float(np.mean(oracle)),
+        }
+        rows.append(row)
+        n *= 2
     return rows
 
 
-# Search ------------------------------------------------------------------------------------------
-
-def same_tokens(rewards, worth, share):
-    """Best-of-n with a share of the tokens of all M candidates: n = share M, in expectation."""
-    whole, rest = divmod(max(1.0, share * len(worth)), 1)
-    more = best_of_n(rewards, worth, int(whole) + 1) if rest else 0.0
-    return (1 - rest) * best_of_n(rewards, worth, int(whole)) + rest * more
+# Successive halving -------------------------------------------------------------------
 
 
-def compare_ways(rewards, worth, prompts, places, exact=None):
-    """What a pick is worth by halving, and by its rivals, and how many tokens each writes for it.
+def halve(rewards, lengths):
+    """Drop the worse half of the candidates at each of these lengths.
 
-    rewards: of every prefix, for each set of candidates a list of arrays; exact: on the toy world
-    the same of the exact value. -> rows of a table"""
-    final = [[r[-1] for r in some] for some in rewards]
-    everything = np.array([sum(map(len, some)) for some in rewards])
-    best = [best_of_n(r, w, len(w)) for r, w in zip(final, worth)]
-    found = [("random", "one", list(map(np.mean, worth)), everything / list(map(len, worth))),
-             ("reward model", "best of all", best, everything)]
-    for judge, theirs in {"reward model": rewards, "exact value": exact or []}.items():
-        picks = [halve(some, places) for some in theirs]
-        tokens = [written for _, written in picks]
-        if judge == "reward model":
-            fair = list(map(same_tokens, final, worth, tokens / everything))
-            found.append((judge, "best of as many tokens", fair, tokens))
-        if picks:
-            chosen = [w[pick] for w, (pick, _) in zip(worth, picks)]
-            found.append((judge, "halving", chosen, tokens))
-    found.append(("oracle", "best of all", list(map(max, worth)), everything))
-    return [summary(*one, prompts) for one in found]
+    rewards: for each candidate, the rewards of all its prefixes
+    lengths: increasing numbers of tokens
+    Returns the number of the selected candidate, and the tokens generated in all.
+    For example, halve([[0, 9], [1, 2], [0, 5]], [1]) is (0, 5). After one token,
+    candidate 1 and the first of the tied ones are kept. These two are finished.
+    """
+    alive, generated = list(range(len(rewards))), [0] * len(rewards)
+    longest = max(len(prefix_rewards) for prefix_rewards in rewards)
+    for length in (*lengths, longest):
+        for i in alive:
+            generated[i] = min(length, len(rewards[i]))
+        alive.sort(key=lambda i: rewards[i][generated[i] - 1], reverse=True)
+        alive = alive[: math.ceil(len(alive) / 2)]
+    return alive[0], sum(generated)
 
 
-def summary(judge, way, worth, tokens, prompts):
-    """One row of the table of ways: means, and the interval of what a pick is worth."""
-    low, high = interval_by_prompt(worth, prompts, np.random.default_rng(0))
-    return {"judge": judge, "way": way, "tokens": float(np.mean(tokens)),
-            "worth": float(np.mean(worth)), "low": low, "high": high}
+def best_of_n_at_budget(rewards, gold_scores, share):
+    """Best-of-n with n = share * M candidates, in expectation."""
+    n, remainder = divmod(max(1.0, share * len(gold_scores)), 1)
+    value = best_of_n(rewards, gold_scores, int(n))
+    if remainder > 0:
+        next_value = best_of_n(rewards, gold_scores, int(n) + 1)
+        value += remainder * (next_value - value)
+    return value
 
 
-def read_places(text):
-    """'12,20,28' -> (12, 20, 28), rising."""
-    places = tuple(int(part) if part.isdecimal() else 0 for part in text.split(",") if part)
-    if any(b <= a for a, b in zip((0, *places), places)):
-        raise UserError(f"--halve takes rising numbers of tokens such as 12,20,28, not {text!r}")
-    return places
+def compare_strategies(rewards, gold_scores, prompts, lengths, exact=None):
+    """Gold score and generated tokens per prompt of several ways to select a response.
+
+    rewards: for each set of candidates, a list of arrays of prefix rewards
+    exact: the same with the toy world's exact values, which then also select
+    Returns the rows of a table.
+    """
+    n_candidates = np.array([len(candidates) for candidates in rewards])
+    all_tokens = np.array([sum(map(len, candidates)) for candidates in rewards])
+    random = [np.mean(gold) for gold in gold_scores]
+    rows = [summarize("random", "one", random, all_tokens / n_candidates, prompts)]
+    final, best = [], []
+    for candidates, gold in zip(rewards, gold_scores):
+        final.append([prefix_rewards[-1] for prefix_rewards in candidates])
+        best.append(best_of_n(final[-1], gold, len(gold)))
+    rows.append(summarize("reward model", "best of all", best, all_tokens, prompts))
+    selected, tokens = select_by_halving(rewards, gold_scores, lengths)
+    at_budget = list(map(best_of_n_at_budget, final, gold_scores, tokens / all_tokens))
+    rows.append(
+        summarize("reward model", "best-of-n, same tokens", at_budget, tokens, prompts)
+    )
+    rows.append(summarize("reward model", "halving", selected, tokens, prompts))
+    if exact is not None:
+        selected, tokens = select_by_halving(exact, gold_scores, lengths)
+        rows.append(summarize("exact value", "halving", selected, tokens, prompts))
+    oracle = [max(gold) for gold in gold_scores]
+    rows.append(summarize("oracle", "best of all", oracle, all_tokens, prompts))
+    return rows
 
 
-def search(model, generator, dataset, rows, places, config, worth_of):
-    """Halving as it saves tokens: candidates are dropped while they are written, for the prompts of
-    these Rows of whole candidates.  -> one more row of compare_ways'"""
-    rng = torch.Generator(generator.lm_head.weight.device).manual_seed(config.seed)
-    end, picks, tokens = dataset.tokenizer.end_of_text, [], []
-    for prompt, whole, _ in tqdm(rows, "halving", disable=None, leave=False):
-        start = torch.tensor(prompt.astype(np.int64), device=rng.device)[None]      # (1, T)
-        sampling = Sampling(generator, start, config.samples, end, rng, config.max_new_tokens)
-        tokens.append(0)
-        for place in (*places, config.max_new_tokens):
-            some = sampling.write(place - sampling.tokens.size(1))
-            order = np.argsort(-final_rewards(model, [Row(prompt, tuple(some))])[0], kind="stable")
-            kept, dropped = np.split(order, [math.ceil(len(order) / 2)])
-            tokens[-1] += sum(len(some[i]) for i in dropped)
-            sampling.keep(torch.tensor(kept, device=rng.device))
-        tokens[-1] += sum(len(some[i]) for i in kept)
-        ended = tuple(some[i] for i in order if some[i][-1] == end)
-        picks.append(Row(prompt, ended[:1] or whole[:1]))       # none ended: any one
-    values = [some[0] for some in worth_of(picks)]
-    return summary("reward model", "halving as it is written", values, tokens, range(len(rows)))
+def select_by_halving(rewards, gold_scores, lengths):
+    """The selected candidates' gold scores, and the tokens generated per prompt."""
+    selected, tokens = [], []
+    for candidates, gold in zip(rewards, gold_scores):
+        winner, n_tokens = halve(candidates, lengths)
+        selected.append(gold[winner])
+        tokens.append(n_tokens)
+    return selected, np.array(tokens)
 
 
-# Candidates --------------------------------------------------------------------------------------
+def summarize(judge, strategy, gold_scores, tokens, prompts):
+    """One row of the table of strategies, with the interval of the gold score."""
+    low, high = interval_by_prompt(gold_scores, prompts, np.random.default_rng(0))
+    return {
+        "judge": judge,
+        "strategy": strategy,
+        "tokens": float(np.mean(tokens)),
+        "gold": float(np.mean(gold_scores)),
+        "low": low,
+        "high": high,
+    }
+
+
+def halving_online(model, generator, dataset, examples, lengths, config, score_gold):
+    """Halving while sampling, which is what saves tokens. One more row of the table.
+
+    examples: the same prompts with complete candidates, used where none is finished
+    score_gold: Examples -> a list of gold scores for each
+    """
+    rng = torch.Generator(generator.device).manual_seed(config.seed)
+    end, selected, tokens = dataset.tokenizer.end_of_text, [], []
+    for prompt, complete in tqdm(examples, "halving", disable=None, leave=False):
+        prompt_tokens = torch.from_numpy(prompt.astype(np.int64))[None]  # (1, T)
+        prompt_tokens = prompt_tokens.to(generator.device)
+        sampler = Sampler(
+            generator, prompt_tokens, config.samples, end, rng, config.max_new_tokens
+        )
+        n_tokens = 0
+        for length in (*lengths, config.max_new_tokens):
+            responses = sampler.generate(length - sampler.tokens.size(1))
+            rewards = final_rewards(model, [Example(prompt, tuple(responses))])[0]
+            order = np.argsort(-rewards, kind="stable")
+            n_kept = math.ceil(len(order) / 2)
+            n_tokens += sum(len(responses[i]) for i in order[n_kept:])
+            kept = order[:n_kept]
+            sampler.select_rows(torch.from_numpy(kept).to(generator.device))
+        tokens.append(n_tokens + sum(len(responses[i]) for i in kept))
+        finished = [responses[i] for i in order if responses[i][-1] == end]
+        winner = finished[0] if finished else complete[0]
+        selected.append(Example(prompt, (winner,)))
+    gold_scores = [scores[0] for scores in score_gold(selected)]
+    numbers = range(len(examples))
+    strategy = "halving while sampling"
+    return summarize("reward model", strategy, gold_scores, tokens, numbers)
+
+
+def parse_lengths(text):
+    """'12,20,28' -> [12, 20, 28]. They must increase."""
+    lengths = [int(part) if part.isdecimal() else 0 for part in text.split(",") if part]
+    for before, after in zip([0, *lengths], lengths):
+        if after <= before:
+            raise UserError(
+                "--halving_lengths takes increasing numbers of tokens such as "
+                f"12,20,28, not {text!r}"
+            )
+    return lengths
+
+
+# Candidates ---------------------------------------------------------------------------
+
 
 def open_generator(tokenizer, checkpoint, config):
-    """The reward model's own generator and dataset, and what responses are worth: to the judge or,
-    on the toy world, their gold.  -> LanguageModel, Dataset, a function of Rows to lists of worths
+    """The reward model's generator and dataset, and the function that scores gold.
+
+    Returns LanguageModel, Dataset, and a function: Examples -> a list of gold scores
+    for each. The scores are the judge's rewards, or the toy world's true qualities.
     """
-    generator, _ = load_generator(checkpoint["settings"]["generator"], config.device,
-                                  checkpoint["inputs"]["p"])
-    dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
+    settings, inputs = checkpoint["settings"], checkpoint["inputs"]
+    generator, _ = load_generator(settings["generator"], config.device, inputs["p"])
+    dataset = open_dataset(settings["dataset"], inputs["data"])
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)
-        check_fit("judge", its_tokenizer, tokenizer, judge, generator)
+        check_same_tokenizer("judge", its_tokenizer, tokenizer)
+        if judge.config.block_size < generator.config.block_size:
+            raise UserError("the judge's context is shorter than the generator's")
         return generator, dataset, partial(final_rewards, judge)
     if dataset.kind != "toy":
-        raise UserError("name a judge of sampled responses with --judge=CHECKPOINT")
-    world = World(**dataset.about["world"])
-    return generator, dataset, lambda rows: [[float(world.gold_of(tokenizer.decode(response)))
-                                              for response in row.responses] for row in rows]
+        raise UserError("name a judge of the sampled responses with --judge=DIR")
+    world = World(**dataset.metadata["world"])
+
+    def score_quality(examples):
+        scores = []
+        for example in examples:
+            texts = map(tokenizer.decode, example.responses)
+            scores.append([float(world.true_quality(text)) for text in texts])
+        return scores
+
+    return generator, dataset, score_quality
 
 
-def obtain_candidates(generator, dataset, config):
-    """Responses of the generator to prompts of val: Rows of those that ended."""
-    prompts = dataset.split("val").prompts()[:config.prompts]
-    rows = sample_rows(generator, dataset.tokenizer, prompts, config.samples, config.seed,
-                       config.max_new_tokens)
-    rows = [row for row in finished(rows, dataset.tokenizer) if row.responses]
-    if not rows:
-        raise UserError("no response ended; raise --max_new_tokens")
-    print(sum(len(row.responses) for row in rows), "responses ended by themselves")
-    return rows
+def sample_candidates(generator, dataset, config):
+    """Sample responses to prompts of val. Returns Examples with finished responses."""
+    prompts = dataset.split("val").prompts()[: config.prompts]
+    examples = sample_responses(
+        generator,
+        dataset.tokenizer,
+        prompts,
+        config.samples,
+        config.seed,
+        config.max_new_tokens,
+    )
+    finished = drop_truncated(examples, dataset.tokenizer)
+    finished = [example for example in finished if example.responses]
+    if not finished:
+        raise UserError("no response was finished. Raise --max_new_tokens")
+    total = sum(len(example.responses) for example in finished)
+    print(f"{total} of {len(prompts) * config.samples} responses were finished")
+    return finished
 
 
-def exact_values(dataset, rows):
-    """The toy world's exact value of every prefix: for each Row a list of lists."""
-    world, encode = World(**dataset.about["world"]), lru_cache(dataset.tokenizer.encode)
-    end = dataset.tokenizer.end_of_text
-    return [[[value for _, value, _ in world.trace(response.tolist(), encode, end, strict=False)]
-             for response in row.responses] for row in rows]
+def exact_values(dataset, examples):
+    """The toy world's exact value of every prefix, in the shape of `score`'s result."""
+    world, encode = World(**dataset.metadata["world"]), dataset.tokenizer.encode
+    encode, end = lru_cache(maxsize=None)(encode), dataset.tokenizer.end_of_text
+    values = []
+    for example in examples:
+        values.append([])
+        for response in example.responses:
+            rows = world.trace(response.tolist(), encode, end, strict=False)
+            values[-1].append(np.array([value for _, value, _ in rows]))
+    return values
 
 
 def print_rows(rows):
-    print_lines([[key.replace("_", " ") for key in rows[0]]]
-                + [list(map(text_of, row.values())) for row in rows])
+    """Print dictionaries with the same keys as a table."""
+    lines = [[key.replace("_", " ") for key in rows[0]]]
+    for row in rows:
+        lines.append([format_cell(value) for value in row.values()])
+    print_lines(lines)
 
 
 def main(config):
-    in_range(config, 1, 10**9, "prompts", "samples", "max_new_tokens")
-    in_range(config, 0, 10**9, "seed")
-    places = read_places(config.halve)
+    check_range(config, 1, 10**9, "prompts", "samples", "max_new_tokens")
+    check_range(config, 0, 10**9, "seed")
+    lengths = parse_lengths(config.halving_lengths)
     if config.candidates and config.judge:
-        raise UserError("--candidates=FILE says what its responses are worth; leave out --judge")
+        raise UserError("--candidates=FILE already holds scores. Leave out --judge")
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
-    answers = exact = None
+    exact = None
     if config.candidates:
-        items, rows, _ = read_candidate_rows(
-            config.candidates, tokenizer, model.model.config.block_size, config.as_dialogue,
-            config.skip_bad)
-        worth, prompts, answers = zip(*((one.correct, one.prompt, one.answers) for one in items))
+        from data.formats import read_candidates
+
+        items, examples, _ = read_candidates(
+            config.candidates,
+            tokenizer,
+            model.config.block_size,
+            config.wrap_as_chat,
+            config.max_bad_fraction,
+        )
+        gold_scores = [item.correct for item in items]
+        prompts = [item.prompt for item in items]
     else:
-        generator, dataset, worth_of = open_generator(tokenizer, checkpoint, config)
-        rows = obtain_candidates(generator, dataset, config)
-        worth, prompts = worth_of(rows), range(len(rows))
-        exact = exact_values(dataset, rows) if places and dataset.kind == "toy" else None
-    rewards = prefix_rewards(model, rows)
-    found = {"candidates": sum(map(len, worth)), "settings": dataclasses.asdict(config),
-             "curve": curve([[r[-1] for r in some] for some in rewards], worth, prompts, answers)}
-    print_rows(found["curve"])
-    if places:
-        found["ways"] = compare_ways(rewards, worth, prompts, places, exact)
+        generator, dataset, score_gold = open_generator(tokenizer, checkpoint, config)
+        examples = sample_candidates(generator, dataset, config)
+        gold_scores, prompts = score_gold(examples), list(range(len(examples)))
+        if lengths and dataset.kind == "toy":
+            exact = exact_values(dataset, examples)
+    rewards = candidate_rewards(model, examples)
+    final = []
+    for candidates in rewards:
+        final.append([prefix_rewards[-1] for prefix_rewards in candidates])
+    results = {
+        "candidates": sum(len(scores) for scores in gold_scores),
+        "settings": dataclasses.asdict(config),
+        "curve": best_of_n_curve(final, gold_scores, prompts),
+    }
+    print_rows(results["curve"])
+    if lengths:
+        rows = compare_strategies(rewards, gold_scores, prompts, lengths, exact)
         if not config.candidates:
-            found["ways"].append(search(model, generator, dataset, rows, places, config, worth_of))
-        print_rows(found["ways"])
+            rows.append(
+                halving_online(
+                    model, generator, dataset, examples, lengths, config, score_gold
+                )
+            )
+        results["strategies"] = rows
+        print_rows(rows)
     if config.json:
-        write_json(config.json, found)
+        inputs = config.checkpoint, config.candidates, config.judge
+        with open_output(config.json, *inputs) as file:
+            file.write(format_json(results))
 
 
 if __name__ == "__main__":

@@ -1,299 +1,378 @@
-"""How good is a reward model? Accuracy on pairs, and on the toy world the distance from the truth.
+"""Evaluate a reward model: accuracy on pairs, and distance from the exact value.
 
-    python evaluate.py --checkpoint=out/toy-icrm-seed0          the splits of its own dataset
-    python evaluate.py --checkpoint=CKPT --data=pairs.jsonl     a file of pairs, or a benchmark's
-    python evaluate.py --checkpoint=CKPT --steps=A --threshold_from=B   where is the first error?
-    python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0      runs side by side
+    python evaluate.py --checkpoint=out/toy-icrm-seed0       the splits of its dataset
+    python evaluate.py --checkpoint=DIR --data=pairs.jsonl   a file, or a benchmark's
+    python evaluate.py --checkpoint=DIR --steps=A.jsonl --threshold_from=B.jsonl
+                                                             find the first wrong step
+    python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0
 
-A response's reward is read at its end-of-text token. Accuracy is strict: a tie is wrong. Intervals
-are Wilson's, with the number of independent prompts in place of the number of pairs.
+The reward of a response is that of its last token, end-of-text. A tie counts as wrong.
+Intervals are Wilson's, with the number of independent prompts as the sample size.
 """
-import itertools
+
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, pick_device, run_script
+from common import (
+    UserError,
+    format_json,
+    is_finished,
+    load_checkpoint,
+    open_output,
+    pick_device,
+    read_json,
+    run_script,
+    sha256_of,
+)
+import json
+
 import numpy as np
 import torch
 
-from benchmarks import (best_threshold, compare_with_truth, first_error_scores, print_benchmarks,
-                        print_lines, reliability, rewardbench_sections, rm_bench, share_right,
-                        text_of)
-from data import tokenizer as tokenizers
-from data.dataset import chunks, open_dataset
-from data.files import fingerprint, load_checkpoint, read_json, write_json
-from data.jsonl import read_pair_rows, read_step_rows
-from data.rows import Row, row_by_row
-from model import ModelConfig, RewardModel
-from regularizer import read_out
+from data.batch import map_examples
+from data.dataset import open_dataset
+from data.tokenizer import from_dict
+from model import ModelConfig, RewardModel, build_model
 
-AT_ONCE = 8     # responses in one row: attention over a row costs its length squared
+COLUMNS = {  # key of the metrics -> column of the table
+    "n": "pairs",
+    "accuracy": "accuracy",
+    "interval": "interval",
+    "longer_accuracy": "longer",
+    "auc": "AUC",
+    "oracle": "exact",
+    "correlation": "correlation",
+    "calibration_error": "calibration",
+}
+COMPARED = ("accuracy", "auc", "correlation", "calibration_error")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: str = ""        # a reward model: its ckpt.pt, or the folder that holds it
-    data: str = ""              # a JSONL file of pairs; empty: the splits of the model's dataset
-    steps: str = ""             # a JSONL file of steps: where is the first wrong one?
-    threshold_from: str = ""    # another file of steps, on which the threshold is chosen
-    compare: str = ""           # evaluated runs to show side by side: DIR,DIR,...
-    json: str = ""              # write the results here, with --data every pair's rewards too
-    as_dialogue: bool = False   # write plain prompts as one Human turn
-    skip_bad: bool = False      # go on where much of a file is left out
-    device: str = "auto"        # auto, cpu, cuda, cuda:N
+    checkpoint: str = ""  # a reward model: its folder or ckpt.pt
+    data: str = ""  # a JSONL file of pairs. empty: the splits of the model's dataset
+    steps: str = ""  # a JSONL file of solutions in steps: find the first wrong step
+    threshold_from: str = ""  # another such file, on which the threshold is chosen
+    compare: str = ""  # evaluated runs to show side by side: DIR,DIR,...
+    json: str = ""  # write the results to this file
+    wrap_as_chat: bool = False  # turn plain prompts into one Human turn
+    max_bad_fraction: float = 0.05  # most rows of a file skipped for one reason
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+
+# Scoring ------------------------------------------------------------------------------
 
 
 def load_reward_model(path, device):
-    """A checkpoint -> (RewardModel in eval mode, its tokenizer, the checkpoint's dictionary).
-    device: as in the settings."""
+    """Load a checkpoint. Return RewardModel (eval mode), tokenizer, checkpoint."""
     if not path:
-        raise UserError("name a reward model with --checkpoint=FOLDER")
+        raise UserError("name a reward model with --checkpoint=DIR")
     checkpoint = load_checkpoint(path, "reward model")
-    sizes = ModelConfig(**checkpoint["model_config"])
-    model = RewardModel(sizes, checkpoint["settings"]["readout"])
-    model.load_state_dict(checkpoint["model"])
+    settings = checkpoint["settings"]
+    if not is_finished(checkpoint):
+        step, steps = checkpoint["step"], settings["steps"]
+        print(f"warning: {path} is not finished, step {step} of {steps}")
+    config = ModelConfig(**checkpoint["model_config"])
+    model = build_model(RewardModel(config, settings["prefix_reward"]), checkpoint)
     model = model.to(pick_device(device)).eval()
-    return model, tokenizers.from_dict(checkpoint["tokenizer"]), checkpoint
+    return model, from_dict(checkpoint["tokenizer"]), checkpoint
 
 
 @torch.no_grad()
-def score(model, rows, name="row {}".format):
-    """Rewards of every response prefix: for each Row a list of float32 arrays, one per response;
-    the last entry is the response's reward. One that is not finite is a UserError with the row's
-    name (of its number from 1)."""
-    device = model.score.weight.device
+def score(model, examples, name="row {}".format):
+    """The rewards of every prefix of every response.
 
-    def rewards_of(batch):
-        batch = batch.to(device)
-        scores = model.scores(model.model.read(batch), batch)           # (R, T)
-        rewards = read_out(scores, batch.mask, model.readout).cpu().numpy()
-        return [r[:length] for r, length in zip(rewards, batch.lengths.tolist())]
+    Returns, for each Example, a list of float32 arrays, one per response. The last
+    entry of an array is the reward of the response. name: names example i (from 1) in
+    the error message if a reward is not finite
+    """
 
-    found = row_by_row(rows, rewards_of)
-    for i, parts in enumerate(found):
-        if not all(np.isfinite(r).all() for r in parts):
-            raise UserError(f"a reward of {name(i + 1)} is not finite")
-    return found
+    def compute_rewards(batch):
+        batch = batch.to(model.device)
+        rewards = model.prefix_rewards(model.hidden_states(batch), batch).cpu().numpy()
+        lengths = batch.mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(rewards, lengths)]
 
-
-def prefix_rewards(model, rows):
-    """Rewards of every prefix of every response, equal ones read once: a list for each Row."""
-    parts = [(i, some) for i, row in enumerate(rows)
-             for some in chunks({r.tobytes(): r for r in row.responses}.values(), AT_ONCE)]
-    found = score(model, [Row(rows[i].prompt, tuple(some)) for i, some in parts])
-    known = {(i, response.tobytes()): r for (i, some), several in zip(parts, found)
-             for response, r in zip(some, several)}
-    return [[known[i, response.tobytes()] for response in row.responses]
-            for i, row in enumerate(rows)]
+    rewards = map_examples(examples, compute_rewards)
+    for number, responses in enumerate(rewards, start=1):
+        if not all(np.isfinite(response).all() for response in responses):
+            raise UserError(f"a reward of {name(number)} is not finite")
+    return rewards
 
 
-def final_rewards(model, rows):
-    """The reward of every response: an array for each Row."""
-    return [np.array([r[-1] for r in some]) for some in prefix_rewards(model, rows)]
+# Statistics ---------------------------------------------------------------------------
 
 
-def check_fit(what, its_tokenizer, tokenizer, model=None, generator=None):
-    """A UserError unless `what` has a reward model's vocabulary, and a generator's context."""
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the {what} and the reward model read different vocabularies")
-    if generator and model.model.config.block_size < generator.model.config.block_size:
-        raise UserError(f"the {what} reads fewer tokens than the generator writes")
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of an array, without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))
 
 
-# Accuracy ----------------------------------------------------------------------------------------
-
-def evaluate_pairs(rows, rewards, prompts=()):
-    """Rows of two responses and their rewards (score's) -> metrics. prompts: theirs, uncut."""
-    chosen, rejected = np.array([[a[-1], b[-1]] for a, b in rewards]).T
-    prompts = prompts or [row.prompt.tobytes() for row in rows]
-    whole = {(prompt, *(part.tobytes() for part in row.responses))
-             for prompt, row in zip(prompts, rows)}
-    longer = np.mean([len(a) > len(b) for a, b in (row.responses for row in rows)])
-    return share_right(chosen > rejected, chosen == rejected, prompts) | {
-        "duplicates": len(rows) - len(whole), "longer_accuracy": float(longer),
-        "margin": float(np.mean(chosen - rejected)), "reliability": reliability(chosen - rejected)}
+def wilson(share, n, z=1.96):
+    """Wilson's 95% interval of a proportion of n independent cases."""
+    center = share * n + z * z / 2
+    half_width = z * math.sqrt(n * share * (1 - share) + z * z / 4)
+    return (center - half_width) / (n + z * z), (center + half_width) / (n + z * z)
 
 
-def evaluate_labels(rows, rewards):
-    """Rows of one labelled response on its label's side -> metrics. Right is r > 0 where the label
-    is correct, r < 0 where it is not; auc: the probability that a correct response has the higher
-    reward of two (ties count half)."""
-    final = np.array([max(parts, key=len)[-1] for parts in rewards])
-    label = np.array([len(row.responses[0]) > 0 for row in rows])
-    signed = np.where(label, final, -final)
-    results = share_right(signed > 0, signed == 0, [row.prompt.tobytes() for row in rows])
-    correct, incorrect = final[label], np.sort(final[~label])
-    if len(correct) and len(incorrect):
-        sides = (np.searchsorted(incorrect, correct, side) for side in ("left", "right"))
-        results["auc"] = float(sum(below.mean() for below in sides) / 2 / len(incorrect))
-    return results | {"correct": len(correct)}
+def independent_cases(correct, prompts):
+    """The effective sample size of cases that are clustered by prompt.
+
+    It is the variance of one case divided by that of the clustered mean, at most
+    len(correct). For example, [1, 1, 0, 0] of two prompts with two cases each is 2.0.
+    """
+    share, totals = float(np.mean(correct)), defaultdict(float)
+    for is_correct, prompt in zip(correct, prompts):
+        totals[prompt] += is_correct - share
+    squares = [total**2 for total in totals.values()]
+    variance = sum(squares) / len(correct) ** 2
+    if variance < 1e-12:
+        return float(len(totals))
+    return float(min(share * (1 - share) / variance, len(correct)))
 
 
-def contrasts(rows, rewards):
-    """Labelled responses -> every correct one of a prompt against every incorrect one of it: a list
-    of (Row of two, their rewards)."""
-    sides, pairs = defaultdict(lambda: ([], [])), []
-    for row, parts in zip(rows, rewards):
-        side = int(len(row.responses[0]) == 0)
-        sides[row.prompt.tobytes()][side].append((row, row.responses[side], parts[side]))
-    for correct, incorrect in sides.values():
-        pairs += [(Row(row.prompt, (a, b)), [ra, rb])
-                  for row, a, ra in correct for _, b, rb in incorrect if not np.array_equal(a, b)]
-    return pairs
+def accuracy_with_interval(correct, ties, prompts):
+    """Accuracy, its 95% interval by prompt, and counts. correct, ties: (n,) bool"""
+    accuracy = float(np.mean(correct))
+    low, high = wilson(accuracy, independent_cases(correct, prompts))
+    return {
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "ties": int(np.sum(ties)),
+        "n": len(correct),
+        "prompts": len(set(prompts)),
+    }
 
 
-# Datasets ----------------------------------------------------------------------------------------
+def calibration(predicted, actual, low=0.0, n_bins=10):
+    """Mean gap between predicted and actual over equal bins of predicted in [low, 1].
+
+    Returns the error, and one {"predicted", "actual", "n"} per bin that is not empty.
+    """
+    numbers = ((predicted - low) / (1 - low) * n_bins).astype(int)
+    numbers = np.minimum(numbers, n_bins - 1)
+    bins, error = [], 0.0
+    for number in np.unique(numbers):
+        inside = numbers == number
+        mean_predicted = float(predicted[inside].mean())
+        mean_actual = float(actual[inside].mean())
+        count = int(inside.sum())
+        bins.append({"predicted": mean_predicted, "actual": mean_actual, "n": count})
+        error += count * abs(mean_predicted - mean_actual)
+    return error / len(predicted), bins
+
+
+def reliability(margins):
+    """Expected calibration error of sigma(|margin|) as the confidence of a ranking.
+
+    margins: reward of chosen - reward of rejected. A margin above 0 is right, a tie
+    half right. Returns the error and the bins of its diagram.
+    """
+    margins = np.asarray(margins, dtype=float)
+    correct = np.where(margins == 0, 0.5, margins > 0)
+    error, bins = calibration(sigmoid(np.abs(margins)), correct, low=0.5)
+    return {"ece": error, "bins": bins}
+
+
+def value_agreement(rewards, values, kinds):
+    """Compare predicted and exact values of all prefixes of a split (toy world).
+
+    The predicted value is z = sigma(r - mean r), with the mean over all prefixes: Eq. 4
+    with the whole split as the opponent.
+
+    rewards, values, kinds: one array per response, chosen and rejected of each pair in
+        turn. values: the exact value V. kinds: 1 at a remark's first token, 2 at
+        evidence's, else 0
+    correlation        Pearson's, of z and V
+    calibration_error  over ten bins of z: mean gap between z and V
+    credit_leak        mean |r_t - r_t-1| at remarks, relative to that at evidence
+    oracle             accuracy when pairs are ranked by V at the last token
+    """
+    changes = np.concatenate([np.abs(np.diff(r, prepend=r[0])) for r in rewards])
+    all_rewards = np.concatenate(rewards).astype(float)
+    kinds, V = np.concatenate(kinds), np.concatenate(values).astype(float)
+    z = sigmoid(all_rewards - all_rewards.mean())
+    error, bins = calibration(z, V)
+    final_values = np.array([value[-1] for value in values])
+    return {
+        "correlation": float(np.corrcoef(z, V)[0, 1]),
+        "calibration_error": error,
+        "value_bins": bins,
+        "credit_leak": float(changes[kinds == 1].mean() / changes[kinds == 2].mean()),
+        "oracle": float((final_values[0::2] > final_values[1::2]).mean()),
+    }
+
+
+# Metrics ------------------------------------------------------------------------------
+
+
+def evaluate_pairs(examples, rewards, prompts=()):
+    """Examples with two responses and their rewards (from `score`) -> metrics.
+
+    prompts: the prompts' texts, if the examples hold truncated ones
+    """
+    chosen = np.array([first[-1] for first, _ in rewards])
+    rejected = np.array([second[-1] for _, second in rewards])
+    prompts = prompts or [example.prompt.tobytes() for example in examples]
+    distinct, longer = set(), []
+    for prompt, example in zip(prompts, examples):
+        first, second = example.responses
+        distinct.add((prompt, first.tobytes(), second.tobytes()))
+        longer.append(len(first) > len(second))
+    return {
+        **accuracy_with_interval(chosen > rejected, chosen == rejected, prompts),
+        "duplicates": len(examples) - len(distinct),
+        "longer_accuracy": float(np.mean(longer)),
+        "margin": float(np.mean(chosen - rejected)),
+        "reliability": reliability(chosen - rejected),
+    }
+
 
 def evaluate_split(model, dataset, name):
-    """One split of a Dataset -> {split (of labels also `split pairs`): metrics}."""
+    """Evaluate one split. Returns {name: metrics}, and one more entry for labels."""
     split = dataset.split(name)
-    rows = list(split)
-    rewards = score(model, rows)
+    examples = list(split)
+    rewards = score(model, examples)
     if dataset.kind == "labels":
-        found, pairs = {name: evaluate_labels(rows, rewards)}, contrasts(rows, rewards)
-        return found | ({f"{name} pairs": evaluate_pairs(*zip(*pairs))} if pairs else {})
-    results = evaluate_pairs(rows, rewards)
+        from benchmarks.labels import evaluate_labels
+
+        return evaluate_labels(name, examples, rewards)
+    metrics = evaluate_pairs(examples, rewards)
     if dataset.kind == "toy":
-        arrays = [dataset.array(name, what) for what in ("exact-value", "kind")]
-        truth = ([part for i in range(len(split)) for part in split.of_responses(array, i)]
-                 for array in arrays)
-        results |= compare_with_truth([r for parts in rewards for r in parts], *truth)
-    return {name: results}
+        response_rewards, values, kinds = [], [], []
+        for i in range(len(split)):
+            response_rewards += rewards[i]
+            values += split.response_values(dataset.array(name, "exact-value"), i)
+            kinds += split.response_values(dataset.array(name, "kind"), i)
+        metrics.update(value_agreement(response_rewards, values, kinds))
+    return {name: metrics}
 
 
-def evaluate_run(model, dataset, settings, known=None):
-    """Every split but the training one, as a table; known: found before. -> what eval.json holds"""
-    found = dict(known or {})
-    for name in dataset.about["splits"]:
-        if name != "train" and name not in found:
-            found |= evaluate_split(model, dataset, name)
-    print_table(found)
-    return {"settings": settings, "splits": found, "data": fingerprint(dataset.about["digests"])}
+def evaluate_run(model, dataset, settings, done=None):
+    """Evaluate every split but the training one, and print a table.
+
+    done: {split: metrics} that are already computed. Returns the contents of eval.json
+    """
+    results = dict(done or {})
+    for name in dataset.split_names:
+        if name != "train" and name not in results:
+            results.update(evaluate_split(model, dataset, name))
+    print_table(results)
+    digests = json.dumps(dataset.metadata["digests"], sort_keys=True)
+    return {"settings": settings, "splits": results, "data": sha256_of(digests)}
 
 
-# Files -------------------------------------------------------------------------------------------
-
-def evaluate_file(model, tokenizer, config):
-    """A file of pairs -> metrics, those of its subsets, and every pair's rewards."""
-    pairs, rows, left_out = read_pair_rows(config.data, tokenizer, model.model.config.block_size,
-                                           config.as_dialogue, config.skip_bad)
-    rewards = score(model, rows, lambda i: f"pair {pairs[i - 1].id or i}")
-    results = evaluate_pairs(rows, rewards, [p.prompt for p in pairs]) | {"left_out": left_out}
-    subsets, cells = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    for pair, row, (a, b) in zip(pairs, rows, rewards):
-        name = pair.subset or "(none)"
-        subsets[name].append((row, (a, b), pair.prompt))
-        if pair.cell:
-            cells[name][pair.cell].append(a[-1] > b[-1])
-    if set(subsets) != {"(none)"}:
-        results["subsets"] = {name: evaluate_pairs(*zip(*some))
-                              for name, some in sorted(subsets.items())}
-        found = {name: part["accuracy"] for name, part in results["subsets"].items()}
-        sections = rewardbench_sections(found)
-        results |= {"rewardbench": sections} if sections["sections"] else {}
-    for name, wins in sorted(cells.items()):
-        try:
-            results.setdefault("rm_bench", {})[name] = rm_bench(wins)
-        except ValueError as error:     # every pair of a cell was left out
-            print(f"no RM-Bench scores of {name}: {error}")
-    results["pairs"] = [{"id": pair.id, "subset": pair.subset, "cell": list(pair.cell),
-                         "chosen": float(a[-1]), "rejected": float(b[-1])}
-                        for pair, (a, b) in zip(pairs, rewards)]
-    return results
+# Tables -------------------------------------------------------------------------------
 
 
-def evaluate_steps(model, tokenizer, config):
-    """First-error localisation on config.steps, the threshold chosen on config.threshold_from."""
-    if Path(config.threshold_from or config.steps).resolve() == Path(config.steps).resolve():
-        raise UserError("choose the threshold on another file of steps: --threshold_from=FILE")
-
-    def step_rewards(path):
-        items, rows, ends = read_step_rows(path, tokenizer, model.model.config.block_size,
-                                           config.as_dialogue, config.skip_bad)
-        rewards = score(model, rows, lambda i: f"solution {i} of {path}")
-        return items, [r[at] for (r,), at in zip(rewards, ends)]
-    tuning, rewards = step_rewards(config.threshold_from)
-    errors = [item.first_error for item in tuning]
-    if min(errors) >= 0 or max(errors) < 0:
-        raise UserError(f"{config.threshold_from}: no threshold, solutions are all of one kind")
-    threshold = best_threshold(rewards, errors)
-    items, rewards = step_rewards(config.steps)
-    results = {}
-    for name in ("(all)", *sorted({item.subset for item in items} - {""})):
-        some = [(r, item.first_error) for r, item in zip(rewards, items)
-                if name in ("(all)", item.subset)]
-        results[name] = first_error_scores(*zip(*some), threshold)
-    keys = ("f1", "error_accuracy", "correct_accuracy", "wrong", "right")
-    print_lines([["subset", *keys]] + [[name, *(text_of(part[key]) for key in keys)]
-                                       for name, part in results.items()])
-    print(f"threshold {threshold:.4f}, chosen on {config.threshold_from}")
-    return results
+def format_cell(value):
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-# Tables ------------------------------------------------------------------------------------------
-
-COLUMNS = {"accuracy": "accuracy", "interval": "95% interval", "ties": "ties", "n": "n",
-           "longer_accuracy": "by length", "oracle": "oracle", "auc": "AUC",
-           "correlation": "corr(z,V)", "calibration_error": "calib.", "credit_leak": "leak"}
+def print_lines(lines):
+    """Print rows of text in columns: the first one left-aligned, the rest right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        for cell, width in zip(line[1:], widths[1:]):
+            cells.append(cell.rjust(width))
+        print("  ".join(cells).rstrip())
 
 
 def table_lines(results):
-    """{split or subset: metrics} as the lines of one table, its head first."""
-    cells = {name: part | {"interval": f"{part['low']:.3f}-{part['high']:.3f}"}
-             for name, part in results.items()}
-    used = [key for key in COLUMNS if any(key in part for part in cells.values())]
-    return [["split", *(COLUMNS[key] for key in used)]] + [
-        [name, *(text_of(part.get(key)) for key in used)] for name, part in cells.items()]
+    """{split or subset: metrics} -> the rows of one table, its header first."""
+    used = []
+    for key in COLUMNS:
+        if key == "interval" or any(key in metrics for metrics in results.values()):
+            used.append(key)
+    lines = [["split", *(COLUMNS[key] for key in used)]]
+    for name, metrics in results.items():
+        interval = f"{metrics['low']:.3f}-{metrics['high']:.3f}"
+        cells = {**metrics, "interval": interval}
+        lines.append([name, *(format_cell(cells.get(key)) for key in used)])
+    return lines
 
 
 def print_table(results):
-    """{split or subset: metrics} as one table."""
+    """Print {split or subset: metrics} as one table."""
     print_lines(table_lines(results))
-    for name, part in results.items():
-        if part.get("duplicates"):
-            print(f"{name}: {part['duplicates']} pairs stand there once more")
+    for name, metrics in results.items():
+        if metrics["ties"]:
+            print(f"{name}: {metrics['ties']} ties, counted as wrong")
+        if metrics.get("duplicates"):
+            print(f"{name}: {metrics['duplicates']} pairs are repeated")
 
 
 def compare_runs(folders):
-    """Print runs, one column each, differences to the first in brackets; -> {folder: eval.json}."""
-    runs = {one: read_json(Path(one) / "eval.json", "train.py [--resume=True]") for one in folders}
-    for folder, run in runs.items():
+    """Print the metrics of several runs side by side. Returns {folder: eval.json}."""
+    runs, datasets = {}, set()
+    for folder in folders:
+        run = read_json(Path(folder) / "eval.json", "python train.py")
         if "splits" not in run:
-            raise UserError(f"{folder}/eval.json is of a file, not of the run's own splits")
-    datasets = sorted({f"{run['settings']['dataset']} ({str(run.get('data'))[:8]})"
-                       for run in runs.values()})
+            raise UserError(f"{folder}/eval.json is not the result of a training run")
+        runs[folder] = run
+        datasets.add(f"{run['settings']['dataset']} ({run['data'][:8]})")
     if len(datasets) > 1:
-        raise UserError(f"runs on different datasets are not compared: {', '.join(datasets)}")
-    lines = [["", *(Path(folder).name for folder in runs)]]
-    names = dict.fromkeys(split for run in runs.values() for split in run["splits"])
-    for split, key in itertools.product(names, ("accuracy", "auc", "correlation", "credit_leak")):
-        values = [run["splits"].get(split, {}).get(key) for run in runs.values()]
-        if None not in values:
-            differences = (f"{value:.3f} ({value - values[0]:+.3f})" for value in values[1:])
-            lines.append([f"{split} {COLUMNS[key]}", text_of(values[0]), *differences])
+        names = ", ".join(sorted(datasets))
+        raise UserError(f"runs on different data cannot be compared: {names}")
+    first = runs[folders[0]]["splits"]
+    lines = [["", *(Path(folder).name for folder in folders)]]
+    for split in first:
+        for key in COMPARED:
+            values = []
+            for run in runs.values():
+                values.append(run["splits"].get(split, {}).get(key))
+            if None in values:
+                continue
+            cells = [format_cell(values[0])]
+            for value in values[1:]:
+                cells.append(f"{value:.3f} ({value - values[0]:+.3f})")
+            lines.append([f"{split} {COLUMNS[key]}", *cells])
     print_lines(lines)
-    print("in brackets: less the first run. One draw each, and draws differ more than methods do")
+    print("In parentheses: difference to the first run. These are single runs.")
+    print("The spread between seeds is often larger than that between methods.")
     return runs
+
+
+# Command ------------------------------------------------------------------------------
 
 
 def main(config):
     if config.compare:
         results = compare_runs([name for name in config.compare.split(",") if name])
+        save_results(config, results)
+        return
+    if config.data and config.steps:
+        raise UserError("--data and --steps are different evaluations. Choose one")
+    if config.threshold_from and not config.steps:
+        raise UserError("--threshold_from needs --steps=FILE")
+    model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
+    if config.data:
+        from benchmarks.evaluate_file import evaluate_file
+
+        results = evaluate_file(model, tokenizer, config)
+    elif config.steps:
+        from benchmarks.first_error import evaluate_steps
+
+        results = evaluate_steps(model, tokenizer, config)
     else:
-        if config.data and config.steps or config.threshold_from and not config.steps:
-            raise UserError("one thing at a time: --data=FILE, or --steps=A --threshold_from=B")
-        model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
-        if config.data:
-            results = evaluate_file(model, tokenizer, config)
-            print_table({"(all)": results, **results.get("subsets", {})})
-            print_benchmarks(results)
-        elif config.steps:
-            results = evaluate_steps(model, tokenizer, config)
-        else:
-            dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
-            results = evaluate_run(model, dataset, checkpoint["settings"])
+        settings, data = checkpoint["settings"], checkpoint["inputs"]["data"]
+        dataset = open_dataset(settings["dataset"], data)
+        results = evaluate_run(model, dataset, settings)
+    save_results(config, results)
+
+
+def save_results(config, results):
+    """Write --json, if asked for."""
     if config.json:
-        write_json(config.json, results)
+        inputs = (config.checkpoint, config.data, config.steps, config.threshold_from)
+        with open_output(config.json, *inputs, *config.compare.split(",")) as file:
+            file.write(format_json(results))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The transformer that small open models share (Llama's), and the two heads of a reward model.
+"""The transformer of small open models (Llama's), and the heads of a reward model.
 
-RMSNorm before each sublayer, rotary positions, grouped-query attention, SwiGLU; `qkv_bias` makes it
-Qwen 2.5's, `qk_norm` Qwen 3's; parameters have Hugging Face's names. LanguageModel, the generator,
-is trunk and LM head; RewardModel is the trunk, a linear score of each token, and an LM head of its
-own for L_SFT (GRM, arXiv 2406.10216). Left out: dropout, sliding windows, scaled rotary positions.
+RMSNorm before each sublayer, rotary positions, grouped-query attention and SwiGLU.
+`qkv_bias` makes it Qwen 2.5's, `qk_norm` Qwen 3's. Parameters have Hugging Face's
+names. LanguageModel, the generator, is the transformer and an LM head. RewardModel adds
+a linear score of each token, and its own LM head for L_SFT (GRM, arXiv 2406.10216).
 """
+
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -13,62 +15,91 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from common import UserError
+from data.batch import attention_mask, gather_responses
 
-LOGITS = 2 ** 26                # logits in memory at once, a quarter of a GiB in fp32
-WEIGHT_DECAY, CLIP = 0.1, 1.0   # of matrices; the largest gradient norm
+MAX_LOGITS = 2**26  # logits in memory at once, a quarter of a GiB in float32
+WEIGHT_DECAY = 0.1  # of matrices. Biases and norms have none
+CLIP_NORM = 1.0  # largest gradient norm
+BETAS = (0.9, 0.95)  # of AdamW
+FINAL_RATE = 0.1  # of the peak learning rate, at the last step
+SUM_SCALE = 0.1  # c of the prefix reward `sum`
+PREFIX_REWARDS = ("last", "mean", "sum")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    block_size: int     # longest prompt and response, in tokens
+    block_size: int  # most tokens of a prompt and one response
     n_layer: int
     n_head: int
     n_embd: int
-    n_kv_head: int = 0  # heads of keys and values; 0: n_head
-    head_dim: int = 0   # channels of a head; 0: n_embd / n_head
-    n_hidden: int = 0   # channels inside the MLP; 0: 8/3 n_embd, up to a multiple of 16
+    n_kv_head: int = 0  # heads of keys and values. 0: n_head
+    head_dim: int = 0  # channels of a head. 0: n_embd / n_head
+    n_hidden: int = 0  # channels inside the MLP. 0: 8/3 n_embd, a multiple of 16
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
-    tied: bool = True   # whether the generator's LM head is its embedding
+    tied: bool = True  # whether the LM head shares the embedding's weights
 
     def __post_init__(self):
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"--n_embd={self.n_embd} does not divide by --n_head={self.n_head}")
-        for name, value in (("n_kv_head", self.n_head), ("head_dim", self.n_embd // self.n_head),
-                            ("n_hidden", -(-self.n_embd * 8 // 48) * 16)):
+            raise UserError(
+                f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}"
+            )
+        defaults = {
+            "n_kv_head": self.n_head,
+            "head_dim": self.n_embd // self.n_head,
+            "n_hidden": math.ceil(self.n_embd * 8 / 3 / 16) * 16,
+        }
+        for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
         if self.n_head % self.n_kv_head or self.head_dim % 2:
-            raise UserError(f"{self.n_head} heads do not divide by {self.n_kv_head} of keys and "
-                            f"values, or {self.head_dim} channels of a head by 2")
+            raise UserError(
+                f"{self.n_head} heads must be a multiple of {self.n_kv_head} key-value "
+                f"heads, and a head's {self.head_dim} channels must be even"
+            )
+
+
+# Transformer --------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, with room for `longest` tokens in every row."""
-    def __init__(self, config, rows, longest, device, dtype):
-        shape = (2, config.n_layer, rows, config.n_kv_head, longest, config.head_dim)
-        self.stored, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
+    """Keys and values of the tokens read so far, with room for max_tokens per row."""
+
+    def __init__(self, config, rows, max_tokens, device, dtype):
+        heads, head_dim = config.n_kv_head, config.head_dim
+        shape = (2, config.n_layer, rows, heads, max_tokens, head_dim)
+        self.stored = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
 
     def append(self, layer, k, v):
-        """Store k, v (rows, n_kv_head, T, head_dim) behind what is there; -> all of the layer's."""
-        assert k.size(2) == 1 or self.length == 0, "several tokens go into an empty cache only"
+        """Store k and v (rows, n_kv_head, T, head_dim). Return all of this layer's."""
+        if k.size(2) > 1 and self.length > 0:
+            raise ValueError("several tokens can only be added to an empty cache")
         end = self.length + k.size(2)
-        self.stored[:, layer, :, :, self.length:end] = torch.stack([k, v])
+        self.stored[:, layer, :, :, self.length : end] = torch.stack([k, v])
         return self.stored[:, layer, :, :, :end]
 
+    def select_rows(self, rows):
+        self.stored = self.stored[:, :, rows]
 
-def rotary(positions, head_dim, theta):
-    """cos and sin of each position's angles (arXiv 2104.09864).  (b, T) -> (b, 1, T, head_dim)"""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
-    angles = (positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
+
+def rotary_angles(positions, head_dim, theta):
+    """cos and sin of every position's angles (arXiv 2104.09864).
+
+    (B, L) -> two tensors (B, 1, L, head_dim)
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    frequencies = theta**-exponents  # (head_dim / 2,)
+    angles = positions[:, None, :, None] * frequencies  # (B, 1, L, head_dim / 2)
+    angles = angles.repeat(1, 1, 1, 2)  # (B, 1, L, head_dim)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Each pair of channels (i, i + head_dim / 2) turned by its angle."""
+    """Rotate every pair of channels (i, i + head_dim / 2) by its angle."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
@@ -76,28 +107,36 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.config, self.layer, d = config, layer, config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * d, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * d, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * d, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_head * d, config.n_embd, bias=False)
-        self.q_norm = nn.RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.config, self.layer = config, layer
+        width, d, bias = config.n_embd, config.head_dim, config.qkv_bias
+        self.q_proj = nn.Linear(width, config.n_head * d, bias=bias)
+        self.k_proj = nn.Linear(width, config.n_kv_head * d, bias=bias)
+        self.v_proj = nn.Linear(width, config.n_kv_head * d, bias=bias)
+        self.o_proj = nn.Linear(config.n_head * d, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(d, config.norm_eps)
+            self.k_norm = nn.RMSNorm(d, config.norm_eps)
 
-    def forward(self, x, angles, visible=None, cache=None):
-        """(b, T, C) -> same. A token sees what is visible, by default all before it in its row."""
-        b, T, _ = x.shape
-        q, k, v = (project(x).view(b, T, -1, self.config.head_dim).transpose(1, 2)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))     # (b, heads, T, d)
-        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+    def forward(self, x, angles, mask=None, cache=None):
+        """(B, L, C) -> same. mask: (B, 1, L, L) bool, by default causal."""
+        B, L, _ = x.shape
+        shape = (B, L, -1, self.config.head_dim)
+        q = self.q_proj(x).view(shape).transpose(1, 2)  # (B, heads, L, head_dim)
+        k = self.k_proj(x).view(shape).transpose(1, 2)  # (B, kv heads, L, head_dim)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        is_causal = mask is None
         if cache is not None:
+            is_causal = cache.length == 0
             k, v = cache.append(self.layer, k, v)
-        shared = self.config.n_head // self.config.n_kv_head
-        if shared > 1:
-            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-        causal = visible is None and (cache is None or cache.length == 0)
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).reshape(b, T, -1))
+        group_size = self.config.n_head // self.config.n_kv_head
+        if group_size > 1:
+            k = k.repeat_interleave(group_size, dim=1)
+            v = v.repeat_interleave(group_size, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+        return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))
 
 
 class MLP(nn.Module):
@@ -119,177 +158,224 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, angles, visible=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), angles, visible, cache)
+    def forward(self, x, angles, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Trunk(nn.Module):
-    """tokens (b, T), positions (b, T), visible (b, 1, T, T) or None -> hidden states (b, T, C)."""
+class Transformer(nn.Module):
+    """tokens (B, L), positions (B, L) -> hidden states (B, L, C)."""
+
     def __init__(self, config):
         super().__init__()
-        self.config, self.frozen = config, 0    # blocks that are not trained, from the first
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        self.recompute = False      # make a block's activations again in the backward pass
+        self.gradient_checkpointing = False
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:    # what is added to the residual starts smaller
-                terms = 2 * config.n_layer if "o_proj" in name or "down_proj" in name else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(terms))
+            if parameter.dim() != 2:
+                continue
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * config.n_layer)  # they add to the residual stream
+            nn.init.normal_(parameter, std=std)
 
-    def freeze(self, count):
-        """Train no embedding and none of the first `count` blocks."""
-        self.frozen = count
-        self.embed_tokens.requires_grad_(False)
-        self.layers[:count].requires_grad_(False)
-
-    def through(self, layers, x, positions, visible=None, cache=None):
-        """Hidden states (b, T, C) -> the same behind these blocks."""
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        for block in layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, visible, use_reentrant=False)
+    def forward(self, tokens, positions, mask=None, cache=None):
+        x = self.embed_tokens(tokens)  # (B, L, C)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, angles, mask, use_reentrant=False)
             else:
-                x = block(x, angles, visible, cache)
-        return x
-
-    def forward(self, tokens, positions, visible=None, cache=None, below=None):
-        """below: the hidden states before the first block that is not frozen, if they are known."""
-        first = 0 if below is None else self.frozen
-        x = self.embed_tokens(tokens) if below is None else below.float()   # (b, T, C)
-        x = self.through(self.layers[first:], x, positions, visible, cache)
+                x = block(x, angles, mask, cache)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.norm(x)
 
-    @torch.no_grad()
-    def frozen_states(self, group):
-        """A Group's hidden states before the first block that is not frozen, (b, T, C)."""
-        x = self.embed_tokens(group.tokens)
-        return self.through(self.layers[:self.frozen], x, group.positions, visible(group.segments))
 
-    def read(self, batch):
-        """A Batch -> the hidden states of all its groups' positions, joined, (N, C)."""
-        return torch.cat([self(group.tokens, group.positions, visible(group.segments),
-                               below=group.below).flatten(0, 1) for group in batch.groups])
-
-
-def visible(segments):
-    """A token sees the prompt and its own response, up to itself.  (b, T) -> (b, 1, T, T)"""
-    if segments is None:
-        return None
-    query, key = segments[:, None, :, None], segments[:, None, None, :]
-    return ((key == 0) | (key == query)).tril()
+# Language model and reward model ------------------------------------------------------
 
 
 class LanguageModel(nn.Module):
-    """The generator: trunk and an LM head, tied to the embedding where the config says so."""
+    """The generator: the transformer and an LM head."""
+
     def __init__(self, config):
         super().__init__()
-        self.model = Trunk(config)
+        self.config = config
+        self.model = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, batch):
-        """A Batch -> log-probability of each of its M response tokens, (M,)."""
-        return token_logprobs(self.model.read(batch), self.lm_head, batch)
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def hidden_states(self, batch):
+        """Batch -> (B, L, C)"""
+        return self.model(batch.tokens, batch.positions, attention_mask(batch))
+
+    def states_and_targets(self, hidden, batch, rows=None):
+        """Response tokens, and the hidden states that predict them.
+
+        rows: number of responses, from the first. None: all k*B
+        (B, L, C) -> (M, C), (M,), where M is the number of tokens in these responses
+        """
+        mask = batch.mask[:rows]
+        states = gather_responses(hidden, batch.previous_positions[:rows][mask])
+        targets = batch.tokens.flatten()[batch.response_positions[:rows][mask]]
+        return states, targets
+
+    def lm_logprobs(self, hidden, batch, rows=None):
+        """log P(token | all before it) of response tokens, in float32.
+
+        rows: number of responses, from the first. None: all k*B
+        (B, L, C) -> (rows, T), 0 on padding
+        """
+        states, targets = self.states_and_targets(hidden, batch, rows)
+        size = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(states) <= size:
+            logprobs = self.token_logprobs(states, targets)
+        else:  # compute the logits in parts, and again in the backward pass
+            parts = []
+            for part in zip(states.split(size), targets.split(size)):
+                parts.append(
+                    checkpoint(self.token_logprobs, *part, use_reentrant=False)
+                )
+            logprobs = torch.cat(parts)
+        mask = batch.mask[:rows]
+        padded = torch.zeros(mask.shape, device=mask.device)
+        return padded.masked_scatter(mask, logprobs)
+
+    def token_logprobs(self, states, targets):
+        """(M, C), (M,) -> (M,)"""
+        logits = self.lm_head(states).float()
+        return -F.cross_entropy(logits, targets, reduction="none")
 
 
-class RewardModel(nn.Module):
-    """The trunk, a score of every token (rewards by `readout`), and an LM head of its own."""
-    def __init__(self, config, readout="last"):
-        super().__init__()
-        self.readout = readout
-        self.model = Trunk(config)
+class RewardModel(LanguageModel):
+    """The transformer with a score of every token, and its own LM head for L_SFT."""
+
+    def __init__(self, config, prefix_reward="last"):
+        super().__init__(dataclasses.replace(config, tied=False))
+        self.prefix_reward = prefix_reward
         self.score = nn.Linear(config.n_embd, 1, bias=False)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
 
     @classmethod
-    def from_generator(cls, generator, readout="last"):
-        """Trunk and LM head are copies of the generator's; the score is new."""
-        model = cls(generator.model.config, readout)
-        model.load_state_dict(generator.state_dict() | {"score.weight": model.score.weight})
+    def from_generator(cls, generator, prefix_reward="last"):
+        """Copy the generator's transformer and LM head. The score head is new."""
+        model = cls(generator.config, prefix_reward)
+        weights = generator.state_dict()
+        model.load_state_dict({**weights, "score.weight": model.score.weight})
         return model
 
-    def scores(self, hidden, batch):
-        """The score a_t of each response token, in fp32, any value on padding.  (N, C) -> (R, T)"""
-        scores = (hidden.float() * self.score.weight[0]).sum(-1)    # no matrix product: never TF32
-        return scores.index_select(0, batch.places.flatten()).view_as(batch.places)
+    def train_last_layers(self, count):
+        """Freeze the embedding and all blocks but the last `count`."""
+        if count > self.config.n_layer:
+            raise UserError(
+                f"--train_last_layers={count}, but there are {self.config.n_layer}"
+            )
+        self.model.embed_tokens.requires_grad_(False)
+        self.model.layers[: self.config.n_layer - count].requires_grad_(False)
+
+    def prefix_rewards(self, hidden, batch):
+        """The rewards of all prefixes. (B, L, C) -> (k*B, T) in float32"""
+        # A sum of products instead of a matrix product: that would use TF32 on a GPU.
+        scores = (hidden.float() * self.score.weight[0]).sum(-1)  # (B, L)
+        scores = gather_responses(scores, batch.response_positions)  # (k*B, T)
+        return prefix_rewards_from_scores(scores, batch.mask, self.prefix_reward)
 
 
-def token_logprobs(hidden, lm_head, batch):
-    """log P(token | all before it) of the M tokens that a Batch asks for: logits of those alone, at
-    most LOGITS at a time, several parts again in the backward pass.  (N, C) -> (M,) in fp32"""
-    def logprobs(states, targets):
-        return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
-    states = hidden.index_select(0, batch.sources)                      # (M, C)
-    size = max(1, LOGITS // lm_head.out_features)
-    if len(states) <= size:
-        return logprobs(states, batch.targets)
-    return torch.cat([checkpoint(logprobs, *part, use_reentrant=False)
-                      for part in zip(states.split(size), batch.targets.split(size))])
+def prefix_rewards_from_scores(scores, mask, kind):
+    """Turn the scores a_t of tokens into rewards r_t of prefixes. (R, T) -> (R, T)
+
+    last  r_t = a_t                       the paper
+    mean  r_t = (1/t) sum_{s<=t} a_s      Q-RM (arXiv 2505.23363)
+    sum   r_t = c sum_{s<=t} a_s          the reward as a sum of increments
+    """
+    scores = torch.where(mask, scores, 0.0)
+    if kind == "last":
+        return scores
+    totals = scores.cumsum(1)
+    if kind == "sum":
+        return SUM_SCALE * totals
+    return totals / torch.arange(1, scores.size(1) + 1, device=scores.device)
 
 
-def length_normalised_nll(logprobs, batch, responses):
-    """-1/|y| sum_t log P(y_t | x, y_<t), summed over responses and divided by their number.
+def length_normalized_nll(logprobs, mask, n_responses=None):
+    """-1/|y| sum_t log P(y_t | x, y_<t), mean over responses.
 
-    logprobs: (M,) of a Batch's targets -> ()"""
-    return -(logprobs / batch.lengths[batch.owners]).sum() / responses
+    logprobs, mask: (R, T). Rows without a response do not count
+    n_responses: divide the sum by this number instead (a batch split over processes)
+    """
+    lengths = mask.sum(1)
+    per_response = -torch.where(mask, logprobs, 0.0).sum(1) / lengths.clamp(min=1)
+    if n_responses is None:
+        n_responses = (lengths > 0).sum()
+    return per_response.sum() / n_responses
 
 
-def pretrained_language_model(sizes, weights, where):
-    """A folder's model; weights, {name: tensor}, that are missing, unknown or misshapen are an
-    error."""
-    config, embedding = ModelConfig(**sizes), weights.get("model.embed_tokens.weight")
-    if config.tied and embedding is not None:
-        weights = {"lm_head.weight": embedding} | weights
-        if not torch.equal(weights["lm_head.weight"], embedding):
-            raise UserError(f"{where} says that its LM head is its embedding, and holds two")
+def build_model(model, checkpoint):
+    """Load a checkpoint's weights into a model of its configuration."""
     try:
-        with torch.device("meta"):      # without memory: config.json may ask for any
-            model = LanguageModel(config)
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"the weights of {where} do not fit: {reason:.200}") from None
-    if config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        raise UserError(f"the checkpoint's weights do not fit: {reason:.200}") from None
     return model
 
 
-def frozen_language_model(checkpoint):
-    """The LanguageModel of a generator's or a policy's checkpoint."""
+def load_language_model(checkpoint):
+    """The frozen LanguageModel of a generator's or a policy's checkpoint."""
     model = LanguageModel(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval().requires_grad_(False)
+    return build_model(model, checkpoint).eval().requires_grad_(False)
+
+
+# Optimization -------------------------------------------------------------------------
 
 
 def make_optimizer(model, learning_rate):
-    """AdamW; weight decay on matrices only (not on biases and norms)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+    """AdamW over the trainable parameters, with weight decay on matrices."""
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            group = matrices if parameter.dim() >= 2 else vectors
+            group.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = model.device.type == "cuda"
+    return torch.optim.AdamW(groups, learning_rate, betas=BETAS, fused=fused)
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up to peak over `warmup` steps, then a half cosine down to a tenth of it."""
+    """Linear warm-up over `warmup` steps, then a cosine down to a tenth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
 
 def update(model, optimizer, rate):
-    """One step along the clipped gradient, which then is gone; -> its norm before clipping."""
+    """Clip the gradient, update the weights, clear the gradient.
+
+    Returns the gradient's norm before clipping, without an untied LM head's. That head
+    is clipped separately, so that L_SFT cannot shrink the step of the other weights.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    rest = dict(model.named_parameters())       # names no tied LM head: it is the embedding
-    if "lm_head.weight" in rest:    # clipped apart, so that L_SFT cannot shrink the others' step
-        nn.utils.clip_grad_norm_(rest.pop("lm_head.weight"), CLIP)
-    norm = nn.utils.clip_grad_norm_(rest.values(), CLIP)
+    parameters = dict(model.named_parameters())  # a tied LM head is not listed
+    lm_head = parameters.pop("lm_head.weight", None)
+    if lm_head is not None:
+        nn.utils.clip_grad_norm_(lm_head, CLIP_NORM)
+    norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

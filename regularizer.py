@@ -1,270 +1,296 @@
-"""Intra-trajectory consistency: derivation, read-outs and every regularizer. The student's file.
+"""Intra-trajectory consistency: the derivation, the paper's loss and the controls.
 
-    python regularizer.py       both proofs on examples, and the paper's loss on one response
+    python regularizer.py       checks both proofs numerically
 
-Read the reward of a prefix as the probability that the response will turn out well. The law of
-total probability (the paper's Eq. 3) ties it to the rewards of its continuations,
+Read the reward of a prefix as the probability that the finished response is good. The
+law of total probability (the paper's Eq. 3) relates it to the rewards one token later:
 
-    r(y_1:m) = sum over next tokens y' of P(y' | x, y_1:m) r(y_1:m, y').
+    r(y_1:m) = sum over next tokens y' of P(y' | x, y_1:m) r(y_1:m, y')
 
-1. The gap bound. Take the token that came, of probability p, out of the sum:
+1. The gap bound. Let p be the probability of the observed next token. Take that token
+out of the sum:
 
-    r_m = p r_m+1 + (1 - p) E[r | another token than the one that came], and so
-    r_m - r_m+1 = (1 - p) (E[r | another token] - r_m+1),   |r_m - r_m+1| <= 1 - p  for r in [0, 1].
+    r_m          = p r_m+1 + (1 - p) E[r | a token other than the observed one]
+    r_m - r_m+1  = (1 - p) (E[r | a token other than the observed one] - r_m+1)
+    |r_m - r_m+1| <= 1 - p      for rewards in [0, 1]
 
-A predictable token cannot be news. That is all the derivation gives; the paper's loss (`icrm`) is
-inspired by it and does not follow from it.
+So a predictable token cannot change the reward much. This bound is all that Eq. 3
+implies. The paper's loss (`icrm`) is motivated by it but does not follow from it.
 
-2. What the loss is. It sums 2 p_t l_t = - p_t { sg[z_t+1] log z_t + sg[z_t] log z_t+1 } over links;
-collect what stands before each log z_t:
+2. What the loss is. It is a mean over transitions t (from response token t to t+1) of
 
-    L_reg S = (1/|links|) sum over tokens of w_t (-log z_t),    w_t = sg[ p_t-1 z_t-1 + p_t z_t+1 ],
+    2 p_t l_t = - p_t { sg[z_t+1] log z_t + sg[z_t] log z_t+1 }
 
-and S follows sum w / |links| exactly. So `icrm` is the label at every token (`dense_bt`) by weights
-of mean about one that are large where a token's neighbours are predictable and already good.
+where z_t is the value of the prefix that ends at token t (Eq. 4) and sg stops the
+gradient. Collect the coefficient of each log z_t, with n transitions:
 
-A regularizer is f(rewards (2B, T), probs (2B, T-1), mask (2B, T)) -> penalty (), scale () or None.
-Rows are B chosen responses, then the B rejected ones; columns are response tokens, mask is True on
-the first ones of each row (on none where a pair has one side). Link t joins tokens t and t+1, and
-probs[:, t] is P(token t+1 | all before it). The training loop divides penalty by a running mean of
-scale. To add your own: write such a function and put it into REGULARIZERS.
+    L_reg S = (1/n) sum over tokens of w_t (-log z_t)
+    w_t     = sg[p_t-1 z_t-1 + p_t z_t+1]
+
+S is a running mean of (sum of w_t) / n. So `icrm` trains every token on the label of
+its response. The weights average about 1. They are larger where the neighbouring
+tokens are predictable and already have a high value. `dense_bt` is the same loss with
+equal weights.
+
+A regularizer is a function f(rewards, probs, mask) -> (penalty, scale):
+
+    rewards  (2B, T) prefix rewards: B chosen responses, then the B rejected ones
+    probs    (2B, T-1) p_t: probability of response token t+1 given all before it
+    mask     (2B, T) True on response tokens. A row is empty if a pair has one response
+    penalty  () the training loop divides it by a running mean of scale
+    scale    () or None: then the penalty is used as it is
+
+To add your own, write such a function and list it in REGULARIZERS.
 """
+
 import torch
 import torch.nn.functional as F
 
-READOUTS = ("last", "mean", "sum")
-KAPPA = 128.0           # weight of the bound in icrm_gap_bound
-TD_LAMBDA = 0.9         # how far td_lambda looks ahead
-SEGMENT_P = 0.5         # segment_bt: a token less probable than this begins a segment
-SUM_SCALE = 0.1         # c of the read-out `sum`
+GAP_BOUND_WEIGHT = 128.0  # weight of the bound in icrm_gap_bound
+TD_LAMBDA = 0.9  # how far td_lambda looks ahead
 
 
-# From scores of tokens to rewards of prefixes, values and links ----------------------------------
-
-def read_out(scores, mask, kind):
-    """The head scores each token, a_t; what is the reward of a prefix?  (2B, T), (2B, T) -> (2B, T)
-
-    last  r_t = a_t                        the paper
-    mean  r_t = (1/t) sum_s<=t a_s         Q-RM (arXiv 2505.23363)
-    sum   r_t = c sum_s<=t a_s             the reward as a sum of increments, as a martingale's"""
-    scores = torch.where(mask, scores, 0.0)
-    if kind == "last":
-        return scores
-    totals = scores.cumsum(1)
-    if kind == "sum":
-        return SUM_SCALE * totals
-    return totals / torch.arange(1, scores.size(1) + 1, device=scores.device)
+# Values and transitions ---------------------------------------------------------------
 
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is True, 0 where it is nowhere; what is masked out may be NaN."""
+    """Mean of x where mask is True, and 0 where no entry is. Masked entries may be NaN.
+
+    x, mask: the same shape. dim: the dimension to average over (None: all)
+    """
     # task 1
-    return torch.where(mask, x, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
+    total = torch.where(mask, x, 0.0).sum(dim)
+    return total / mask.sum(dim).clamp(min=1)
     # end
 
 
 def value_logits(rewards, mask):
-    """logit of z_t (Eq. 4): r_t - sg[mean of the opposing response's r], negated on rejected rows,
-    where z_t is 1 - sigma(r_t - sg[mean]).  (2B, T), (2B, T) -> (2B, T)"""
+    """The logit of z_t, the value of the prefix that ends at token t (Eq. 4).
+
+    chosen    z_t =     sigma(r_t - sg[mean reward over the rejected response])
+    rejected  z_t = 1 - sigma(r_t - sg[mean reward over the chosen response])
+    (2B, T), (2B, T) -> (2B, T), finite on padding
+    """
     # task 2
     rewards = torch.where(mask, rewards, 0.0)
-    means = masked_mean(rewards, mask, dim=1).detach()[:, None]     # (2B, 1)
-    B = len(rewards) // 2
-    return torch.cat([rewards[:B] - means[B:], means[:B] - rewards[B:]])
+    means = masked_mean(rewards, mask, dim=1).detach()[:, None]  # (2B, 1)
+    chosen_rewards, rejected_rewards = rewards.chunk(2)  # (B, T) each
+    chosen_means, rejected_means = means.chunk(2)  # (B, 1) each
+    chosen_logits = chosen_rewards - rejected_means
+    rejected_logits = chosen_means - rejected_rewards  # 1 - sigma(x) = sigma(-x)
+    return torch.cat([chosen_logits, rejected_logits])  # (2B, T)
     # end
 
 
-def link_mask(mask):
-    """True for the links with both ends inside the response.  (2B, T) -> (2B, T-1)"""
+def transition_mask(mask):
+    """True where tokens t and t+1 are both in the response. (2B, T) -> (2B, T-1)"""
     # task 1
     return mask[:, :-1] & mask[:, 1:]
     # end
 
 
-def links_of(probs, mask):
-    """p, 0 outside the responses, and the mask of every link.  (2B, T-1) each"""
-    links = link_mask(mask)
-    return torch.where(links, probs, 0.0), links
+def masked_transitions(probs, mask):
+    """p, set to 0 outside the responses, and the transition mask. (2B, T-1) each"""
+    transitions = transition_mask(mask)
+    return torch.where(transitions, probs, 0.0), transitions
 
 
 def last_tokens(mask):
-    """True at each response's last token.  (2B, T) -> (2B, T)"""
-    return mask & ~F.pad(mask[:, 1:], (0, 1))
+    """True at the last token of each response. (2B, T) -> (2B, T)"""
+    next_is_token = F.pad(mask[:, 1:], (0, 1))
+    return mask & ~next_is_token
 
 
-# The paper's loss --------------------------------------------------------------------------------
+# The paper's loss ---------------------------------------------------------------------
+
 
 def icrm(rewards, probs, mask):
-    """Mutually weighted binary cross-entropy of neighbours, weighted by p (the paper's L_reg).
-    l_t = -1/2 { sg[z_t+1] log z_t + sg[z_t] log z_t+1 },  penalty = mean over links of 2 p_t l_t,
-    scale = mean over links of 2 p_t (z_t + z_t+1) / 2."""
+    """The paper's L_reg: cross-entropy between neighbouring values, weighted by p.
+
+    l_t     = -1/2 { sg[z_t+1] log z_t + sg[z_t] log z_t+1 }
+    penalty = mean over transitions of 2 p_t l_t
+    scale   = mean over transitions of 2 p_t (z_t + z_t+1) / 2
+    """
     # task 3
-    p, links = links_of(probs, mask)                                    # (2B, T-1)
-    log_z = F.logsigmoid(value_logits(rewards, mask))                   # (2B, T)
+    p, transitions = masked_transitions(probs, mask)  # (2B, T-1)
+    log_z = F.logsigmoid(value_logits(rewards, mask))  # (2B, T)
     z = log_z.detach().exp()
-    l = -0.5 * (z[:, 1:] * log_z[:, :-1] + z[:, :-1] * log_z[:, 1:])    # (2B, T-1)
-    penalty = masked_mean(2 * p * l, links)
-    scale = masked_mean(2 * p * (z[:, :-1] + z[:, 1:]) / 2, links)
+    before, after = log_z[:, :-1], log_z[:, 1:]  # (2B, T-1)
+    z_before, z_after = z[:, :-1], z[:, 1:]
+    l = -0.5 * (z_after * before + z_before * after)
+    penalty = masked_mean(2 * p * l, transitions)
+    scale = masked_mean(2 * p * (z_before + z_after) / 2, transitions)
     return penalty, scale
     # end
 
 
 def label_weights(rewards, probs, mask):
-    """w_t = sg[p_t-1 z_t-1 + p_t z_t+1], what `icrm` weighs -log z_t with (proof 2).  -> (2B, T)"""
+    """The weights of -log z_t in `icrm`, w_t = sg[p_t-1 z_t-1 + p_t z_t+1] (2B, T)."""
     # task 3
-    p, _ = links_of(probs, mask)
+    p, _ = masked_transitions(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask)).detach()
-    return F.pad(p * z[:, :-1], (1, 0)) + F.pad(p * z[:, 1:], (0, 1))
+    from_previous = F.pad(p * z[:, :-1], (1, 0))  # (2B, T)
+    from_next = F.pad(p * z[:, 1:], (0, 1))
+    return from_previous + from_next
     # end
 
 
 def icrm_by_token(rewards, probs, mask):
-    """`icrm` regrouped by token: (1/|links|) sum_t w_t (-log z_t), and sum_t w_t / |links|."""
-    weights, links = label_weights(rewards, probs, mask), link_mask(mask).sum().clamp(min=1)
-    log_z = F.logsigmoid(value_logits(rewards, mask))                   # (2B, T)
-    return -(weights * log_z).sum() / links, weights.sum() / links
+    """`icrm` as a sum over tokens (proof 2), to compare with the sum over transitions.
+
+    Returns (1/n) sum_t w_t (-log z_t) and (1/n) sum_t w_t.
+    """
+    weights = label_weights(rewards, probs, mask)
+    n_transitions = transition_mask(mask).sum().clamp(min=1)
+    log_z = F.logsigmoid(value_logits(rewards, mask))
+    return -(weights * log_z).sum() / n_transitions, weights.sum() / n_transitions
 
 
-# Controls and rivals -----------------------------------------------------------------------------
+# Controls -----------------------------------------------------------------------------
+
 
 def none(rewards, probs, mask):
-    """0: the GRM or Bradley-Terry baseline takes the same path."""
+    """No regularizer: the GRM or Bradley-Terry baseline."""
     return 0.0 * torch.where(mask, rewards, 0.0).sum(), None
 
 
-def dense_bt(rewards, probs, mask, weight=1.0):
-    """The label at every token and nothing else: -log z_t, times `weight`."""
-    return masked_mean(-weight * F.logsigmoid(value_logits(rewards, mask)), mask), None
-
-
-def place(mask, dtype):
-    """t/T, where a token stands in its response, 1/2 on average.  (2B, T) -> (2B, T)"""
-    middles = torch.arange(mask.size(1), dtype=dtype, device=mask.device) + 0.5     # (T,)
-    return middles / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def dense_bt_early(rewards, probs, mask):
-    """`dense_bt` that falls along the response: -2 (1 - t/T) log z_t."""
-    return dense_bt(rewards, probs, mask, 2 * (1 - place(mask, rewards.dtype)))
-
-
-def dense_bt_late(rewards, probs, mask):
-    """`dense_bt` that rises along the response: -2 (t/T) log z_t."""
-    return dense_bt(rewards, probs, mask, 2 * place(mask, rewards.dtype))
+def dense_bt(rewards, probs, mask):
+    """Train every token on its response's label with equal weights: -log z_t."""
+    return masked_mean(-F.logsigmoid(value_logits(rewards, mask)), mask), None
 
 
 def squared_gap(rewards, probs, mask):
-    """The obvious two-sided consistency: p_t (z_t - z_t+1)^2."""
-    p, links = links_of(probs, mask)
+    """Two-sided consistency, in which both values get gradient: p_t (z_t - z_t+1)^2."""
+    p, transitions = masked_transitions(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask))
-    return masked_mean(p * (z[:, 1:] - z[:, :-1]) ** 2, links), None
+    return masked_mean(p * (z[:, 1:] - z[:, :-1]) ** 2, transitions), None
 
 
 def gap_bound(rewards, probs, mask):
-    """What the derivation implies (proof 1): relu(|z_t - z_t+1| - (1 - p_t))^2."""
+    """Penalize gaps larger than proof 1 allows: max(0, |z_t - z_t+1| - (1 - p_t))^2."""
     # task 4
-    p, links = links_of(probs, mask)
+    p, transitions = masked_transitions(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask))
-    return masked_mean(F.relu((z[:, 1:] - z[:, :-1]).abs() - (1 - p)) ** 2, links), None
+    gap = (z[:, 1:] - z[:, :-1]).abs()
+    excess = F.relu(gap - (1 - p))
+    return masked_mean(excess**2, transitions), None
     # end
 
 
 def icrm_gap_bound(rewards, probs, mask):
-    """2 p_t l_t + kappa relu(|z_t - z_t+1| - (1 - p_t))^2; S, the paper's term's, divides both."""
+    """`icrm` + GAP_BOUND_WEIGHT * `gap_bound`. The scale of `icrm` divides both."""
     penalty, scale = icrm(rewards, probs, mask)
-    return penalty + KAPPA * gap_bound(rewards, probs, mask)[0], scale
+    bound, _ = gap_bound(rewards, probs, mask)
+    return penalty + GAP_BOUND_WEIGHT * bound, scale
 
 
-def quiet(rewards, probs, mask):
-    """Small increments of the reward itself where tokens are predictable: p_t (r_t+1 - r_t)^2."""
+def reward_smoothness(rewards, probs, mask):
+    """Small changes of the reward itself at predictable tokens: p_t (r_t+1 - r_t)^2."""
     # task 7
-    p, links = links_of(probs, mask)
+    p, transitions = masked_transitions(probs, mask)
     rewards = torch.where(mask, rewards, 0.0)
-    return masked_mean(p * (rewards[:, 1:] - rewards[:, :-1]) ** 2, links), None
+    changes = rewards[:, 1:] - rewards[:, :-1]
+    return masked_mean(p * changes**2, transitions), None
     # end
 
 
-def segment_bt(rewards, probs, mask):
-    """Segment rewards (arXiv 2501.02790): Bradley-Terry of the mean reward over segments' ends,
-    which stand before each surprising token (p < SEGMENT_P) and at the response's end."""
-    surprising = link_mask(mask) & (probs < SEGMENT_P)                  # (2B, T-1)
-    ends = last_tokens(mask) | F.pad(surprising, (0, 1))                # (2B, T)
-    chosen, rejected = masked_mean(rewards, ends, dim=1).chunk(2)       # (B,) each
-    return -F.logsigmoid(chosen - rejected).mean(), None
-
-
-def tcrm_smooth(rewards, probs, mask):
-    """Temporal-difference term of TCRM (arXiv 2604.22981; weight 0.1): (r_t - sg[r_t+1])^2."""
-    rewards = torch.where(mask, rewards, 0.0)
-    return masked_mean((rewards[:, :-1] - rewards[:, 1:].detach()) ** 2, link_mask(mask)), None
-
-
-def tcrm_lookahead(rewards, probs, mask):
-    """Monte-Carlo term of TCRM (weight 0.01): (r_t - sg[r_last])^2 before the last token."""
-    ends, rewards = last_tokens(mask), torch.where(mask, rewards, 0.0)
-    last = torch.where(ends, rewards, 0.0).sum(1, keepdim=True)         # (2B, 1)
-    return masked_mean((rewards - last.detach()) ** 2, mask & ~ends), None
-
-
 def td_lambda(rewards, probs, mask):
-    """TC-lambda (arXiv 2505.16548): cross-entropy of z_t to a mixture of the values behind it.
-    G_last = 1, the label;  G_t = (1 - lambda) z_t+1 + lambda G_t+1;
-    penalty = mean over tokens of -{ sg[G_t] log z_t + (1 - sg[G_t]) log(1 - z_t) }."""
+    """Cross-entropy of z_t to a mixture of later values (TC-lambda, arXiv 2505.16548).
+
+    G_last = 1, the label;   G_t = (1 - lambda) z_t+1 + lambda G_t+1
+    penalty = mean over tokens of -{ sg[G_t] log z_t + (1 - sg[G_t]) log(1 - z_t) }
+    """
     logits = value_logits(rewards, mask)
-    z, targets = torch.sigmoid(logits).detach(), [torch.ones_like(rewards[:, 0])]
-    for t in reversed(range(1, rewards.size(1))):
-        before = (1 - TD_LAMBDA) * z[:, t] + TD_LAMBDA * targets[0]
-        targets.insert(0, torch.where(mask[:, t], before, 1.0))         # G_t-1
-    loss = F.binary_cross_entropy_with_logits(logits, torch.stack(targets, 1), reduction="none")
+    z = torch.sigmoid(logits).detach()
+    targets = torch.ones_like(z)  # G: 1 at each response's last token
+    for t in reversed(range(z.size(1) - 1)):
+        mixture = (1 - TD_LAMBDA) * z[:, t + 1] + TD_LAMBDA * targets[:, t + 1]
+        targets[:, t] = torch.where(mask[:, t + 1], mixture, 1.0)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return masked_mean(loss, mask), None
 
 
-REGULARIZERS = {function.__name__: function for function in (
-    none, icrm, dense_bt, dense_bt_early, dense_bt_late, squared_gap, gap_bound, icrm_gap_bound,
-    quiet, segment_bt, tcrm_smooth, tcrm_lookahead, td_lambda)}
+REGULARIZERS = {
+    "none": none,
+    "icrm": icrm,
+    "dense_bt": dense_bt,
+    "squared_gap": squared_gap,
+    "gap_bound": gap_bound,
+    "icrm_gap_bound": icrm_gap_bound,
+    "reward_smoothness": reward_smoothness,
+    "td_lambda": td_lambda,
+}
 
 
-# Demonstrations ----------------------------------------------------------------------------------
+# Demonstrations -----------------------------------------------------------------------
+
 
 def enumerated_world(depth=5, vocabulary=3, seed=0):
-    """A random world small enough to write down: at each depth m, the next token's probabilities
-    (V^m, V) and the exact reward of every prefix (V^m,), found from the leaves back."""
+    """A random world small enough to enumerate.
+
+    Returns, for each depth m, the next token's probabilities (V^m, V) and the exact
+    reward of every prefix (V^m,), computed from the complete responses backwards.
+    """
     rng = torch.Generator().manual_seed(seed)
-    logits = [torch.randn(vocabulary ** m, vocabulary, generator=rng) for m in range(depth)]
-    probs = [(3 * x.double()).softmax(1) for x in logits]
-    rewards = [(torch.rand(vocabulary ** depth, generator=rng) < 0.5).double()]     # good or bad
+    probs = []
+    for m in range(depth):
+        logits = torch.randn(vocabulary**m, vocabulary, generator=rng)
+        probs.append((3 * logits.double()).softmax(1))
+    is_good = torch.rand(vocabulary**depth, generator=rng) < 0.5
+    rewards = [is_good.double()]
     for p in reversed(probs):
-        rewards.insert(0, (p * rewards[0].view(-1, vocabulary)).sum(-1))    # Eq. 3
+        next_rewards = rewards[0].view(-1, vocabulary)
+        rewards.insert(0, (p * next_rewards).sum(-1))  # Eq. 3
     return probs, rewards
 
 
 def show_gap_bound():
     probs, rewards = enumerated_world()
-    print("1. The gap bound in a world of 3 tokens and 5 steps, every prefix enumerated.\n")
-    print("   step  links  largest |gap|  / (1 - p), at most 1  identity off by")
+    print(
+        "1. The gap bound in a world of 3 tokens and 5 steps, every prefix enumerated."
+    )
+    print("   identity error: of r_m - r_m+1 = (1 - p) (E[r | other token] - r_m+1)\n")
+    print("   step  transitions  max |gap|  max |gap| / (1 - p)  identity error")
     for m, p in enumerate(probs):
-        before, after = rewards[m][:, None], rewards[m + 1].view_as(p)      # (V^m, 1), (V^m, V)
-        others = (p * after) @ (1 - torch.eye(3).double()) / (1 - p)        # E[r | another token]
-        off = (before - after - (1 - p) * (others - after)).abs().max()
+        before = rewards[m][:, None]  # (V^m, 1)
+        after = rewards[m + 1].view_as(p)  # (V^m, V)
+        other_tokens = 1 - torch.eye(p.size(1)).double()
+        mean_of_others = (p * after) @ other_tokens / (1 - p)
+        error = (before - after - (1 - p) * (mean_of_others - after)).abs().max()
         gap = (before - after).abs()
-        print(f"{m:7d}{p.numel():7d}{gap.max():15.4f}{(gap / (1 - p)).max():23.4f}{off:17.0e}")
+        ratio = (gap / (1 - p)).max()
+        print(f"{m:7d}{p.numel():13d}{gap.max():11.4f}{ratio:21.4f}{error:16.0e}")
 
 
 def show_response():
-    p = torch.tensor([[.02, .9, .03, .5, .3, .9, .8, .1, .7, .05, .9, .04, .8]]).double()
-    r = torch.tensor([.1, .1, .2, -.9, -.8, -1.3, -.6, -.7, -.1, -.2, .2, .1, 1., .9]).double()
+    words = "The soup was cold , as usual , but the staff were lovely .".split()
+    p = torch.tensor(
+        [[0.02, 0.9, 0.03, 0.5, 0.3, 0.9, 0.8, 0.1, 0.7, 0.05, 0.9, 0.04, 0.8]]
+    ).double()
+    r = torch.tensor(
+        [0.1, 0.1, 0.2, -0.9, -0.8, -1.3, -0.6, -0.7, -0.1, -0.2, 0.2, 0.1, 1.0, 0.9]
+    ).double()
     rewards = torch.stack([r, torch.zeros_like(r)]).requires_grad_()
-    mask = torch.tensor([[True], [False]]).expand(2, len(r))    # nobody opposes it: z = sigma(r)
+    # The pair has no rejected response, so z = sigma(r).
+    mask = torch.tensor([[True], [False]]).expand(2, len(r))
     arguments = rewards, p.expand(2, -1), mask
-    (by_link, scale), (by_token, weight) = icrm(*arguments), icrm_by_token(*arguments)
-    weights, gradient = label_weights(*arguments)[0], torch.autograd.grad(by_link, rewards)[0][0]
-    print("\n2. A chosen response under `icrm`: the label at every token, by weight.\n")
-    print("   token     p of it    z_t    w_t / mean w   gradient on r_t (negative: up)")
-    for t, word in enumerate("The soup was cold , as usual , but the staff were lovely .".split()):
-        odds = f"{p[0, t - 1]:.2f}" if t else ""
-        print(f"   {word:8s}  {odds:>7s}  {torch.sigmoid(r[t]):5.2f}"
-              f"  {weights[t] / weights.mean():14.2f}  {gradient[t]:16.4f}")
-    print(f"\n   by links {by_link:.9f}, by tokens {by_token:.9f}; scale {scale:.9f}, {weight:.9f}")
+    by_transition, scale = icrm(*arguments)
+    by_token, mean_weight = icrm_by_token(*arguments)
+    weights = label_weights(*arguments)[0]
+    gradient = torch.autograd.grad(by_transition, rewards)[0][0]
+    print("\n2. A chosen response under `icrm`: every token is trained on the label.")
+    print("   p: probability of the token.  w: weight of -log z")
+    print("   gradient: on the reward (negative: the reward will rise)\n")
+    print("   token       p     z  w / mean w  gradient")
+    for t, word in enumerate(words):
+        p_of_token = f"{p[0, t - 1]:.2f}" if t > 0 else ""
+        relative_weight = weights[t] / weights.mean()
+        print(
+            f"   {word:7s}{p_of_token:>6s}{torch.sigmoid(r[t]):6.2f}"
+            f"{relative_weight:12.2f}{gradient[t]:10.4f}"
+        )
+    print(f"\n   sum over transitions {by_transition:.9f}, over tokens {by_token:.9f}")
+    print(f"   scale {scale:.9f}, mean weight {mean_weight:.9f}")
 
 
 if __name__ == "__main__":

@@ -1,282 +1,492 @@
-"""One reward model on one self-contained HTML page, or a response under several as one picture.
+"""Show a reward model on one HTML page, or compare prefix values in one picture.
 
-    python report.py --checkpoint=out/toy-icrm-seed0    val of its dataset; report.html beside it
-    python report.py --checkpoint=out/toy-none-seed0,out/toy-icrm-seed0 --svg=PICTURE.svg
+    python report.py --checkpoint=out/toy-icrm-seed0
+    python report.py --checkpoint=out/toy-none-seed0,out/toy-icrm-seed0 --svg=X.svg
 
-The page: accuracies, calibration, best-of-n, search, and the most confident hits and misses token
-by token. A token's colour is what it did to the reward, r_t - r_t-1: orange up, blue down, nothing
-at the first one, before which there is no prefix to compare with. On the toy world the same of the
-exact value V stands below it. Left out: scripts, labelled responses, files that are no dataset.
+The page (report.html beside the checkpoint) has the accuracies, the calibration,
+best-of-n and halving curves, and the most confident right and wrong pairs of val. Each
+token is coloured by the change of the reward at that token.
+
+The picture shows one response of the toy world along its tokens: the exact value V, and
+the values z that a baseline and a second model predict. The response is selected by a
+rule. Over the chosen responses of val, the gain is the mean |z - V| of the baseline
+minus that of the second model. The response with the median gain is shown.
 """
+
 import html
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from unicodedata import east_asian_width
 
-from config import HERE, UserError, in_range, run_script
+from common import ROOT, UserError, check_range, open_output, run_script
 import numpy as np
 
-from benchmarks import sigmoid
-from bon import BonConfig, compare_ways, curve, exact_values, obtain_candidates, open_generator
+from bon import (
+    BonConfig,
+    best_of_n_curve,
+    candidate_rewards,
+    compare_strategies,
+    exact_values,
+    open_generator,
+    sample_candidates,
+)
 from data.dataset import open_dataset
-from data.files import write_text
-from data.probs import described
-from evaluate import evaluate_run, load_reward_model, prefix_rewards, score, table_lines
-from generator import load_generator, response_logprobs
+from data.toy import QUALITY_OF
+from evaluate import evaluate_run, load_reward_model, score, sigmoid, table_lines
+from generator import load_generator, read_p_metadata, response_logprobs
 
-HALVE_AT = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))  # of the mean length
-CELL, STRIP = 7.5, 17       # pixels: the width of a character, the height of a strip of colour
-CSS = f"<style>{(HERE / 'lab' / 'report.css').read_text(encoding='utf-8')}</style>"
-# Spaces stay (SVG drops a leading one), a line's end is drawn; U+FFFD for what XML forbids.
-DRAWN = dict.fromkeys([*range(32), 0xfffe, 0xffff], "\ufffd") | dict(zip((9, 10, 32), "\xa0↵\xa0"))
-NONE = "<p>There are none.</p>"
-PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>
-<meta name="viewport" content="width=device-width, initial-scale=1"/><title>{title}</title>{css}
-</head><body><h1>{title}</h1><p>{about}</p>{table}<div>{figures}</div>
-<p>z along a response{dashed}; below, what each token did to the reward r{exact}: orange raised it,
-blue lowered it, by its share of the response's largest step; at the bottom the generator's p of the
-token, if below 0.95 and where there is room.</p>
-<h2>Most confident hits</h2>{hits}<h2>Most confident misses</h2>{misses}</body></html>
+# Where halving drops candidates, as shares of their mean length: three strategies.
+HALVING_SHARES = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))
+CONTROL = {
+    code: "\ufffd" for code in [*range(32), 0xFFFE, 0xFFFF]
+}  # not allowed in XML
+CONTROL[ord("\n")] = "\u21b5\n"
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{title}</title><style>{css}</style></head><body>
+<h1>{title}</h1><p>{settings}</p>
+{table}
+<p>{explanation}</p>
+<div>{figures}</div>
+<h2>Most confident right pairs</h2>{right}
+<h2>Most confident wrong pairs</h2>{wrong}
+</body></html>
 """
+EXPLANATION = """z = sigma(r - mean reward of all prefixes) is the predicted value of a
+prefix. Charts show z along a response (dashed: the exact value, on the toy world).
+Below, each token is coloured by the change of the reward. Orange raised it and blue
+lowered it, relative to the largest change in the response."""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    checkpoint: str = ""        # a reward model: its folder; for a picture also several: A,B
-    out: str = ""               # the page; empty: report.html beside the checkpoint
-    count: int = 3              # hits and misses to show of each
-    svg: str = ""               # in place of the page, a picture of one response of val
-    response: int = 0           # which: 2i the chosen one of pair i, 2i + 1 the rejected one
-    device: str = "auto"        # auto, cpu, cuda, cuda:N
+    checkpoint: str = ""  # a reward model: its folder. for a picture two: A,B
+    out: str = ""  # the page. empty: report.html beside the checkpoint
+    count: int = 3  # right and wrong pairs to show
+    svg: str = ""  # draw the picture instead, in this file
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
-# Drawings ----------------------------------------------------------------------------------------
-
-def steps_of(values):
-    """What each token did to a value: v_t - v_t-1, 0 for the first one.  (n,) -> (n,)"""
-    return np.diff(values, prepend=values[:1])
+def escape(text):
+    return html.escape(text.translate(CONTROL))
 
 
-def ticks(low, high, count=6, form="{:.2g}"):
-    return [(value, form.format(value)) for value in np.linspace(low, high, count)]
+# Charts -------------------------------------------------------------------------------
 
 
-def chart(lines, xs, ys, names, height=250, labels=(), style=""):
-    """Lines as SVG. lines: [(css class, [(x, y), ...])]; xs, ys: [(value, text)], the ticks, the
-    first and the last at the ends; names: of x and y; labels: [(x, y, text)], ending left of x."""
-    width, left, right, top, bottom = 380, 40, 14, 22, 38
-    (x0, _), (y0, _) = xs[0], ys[0]
-    across = (width - left - right) / (xs[-1][0] - x0 or 1)
-    upward = (height - top - bottom) / (ys[-1][0] - y0 or 1)
+class Axes:
+    """Maps data to pixels. Low and high ends of both axes, and the size in pixels."""
 
-    def at(x, y):
-        return f"{left + (x - x0) * across:.1f} {height - bottom - (y - y0) * upward:.1f}"
+    def __init__(self, x_range, y_range, width, height, margins):
+        self.x_range, self.y_range = x_range, y_range
+        self.width, self.height = width, height
+        self.left, self.right, self.top, self.bottom = margins
 
-    texts = [("0 0", 12, "start", names[1]), (f"{width - right} {height}", -4, "end", names[0])]
-    texts += [(at(x0, y), 4, "end", f"{text}&#8198;&#160;") for y, text in ys]
-    texts += [(at(x, y0), 16, "middle", text) for x, text in xs]
-    texts += [(at(x, y), 4, "end", f"{text}&#160;&#160;") for x, y, text in labels]
-    parts = [f'<text transform="translate({where})" y="{down}" text-anchor="{anchor}">{text}</text>'
-             for where, down, anchor, text in texts]
-    parts += [f'<path class="axis" d="M{at(x0, y)}H{width - right}"/>' for y, _ in ys]
-    for name, points in lines:
-        path = ("h0M" if name == "dots" else "L").join(at(*point) for point in points)
-        parts.append(f'<path class="{name}" d="M{path}h0"/>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-            f'aria-label="{names[1]} against {names[0]}">{style}{"".join(parts)}</svg>')
+    def x(self, value):
+        low, high = self.x_range
+        share = (value - low) / ((high - low) or 1)
+        return self.left + share * (self.width - self.left - self.right)
 
+    def y(self, value):
+        low, high = self.y_range
+        share = (value - low) / ((high - low) or 1)
+        return (
+            self.height - self.bottom - share * (self.height - self.top - self.bottom)
+        )
 
-def strips(pieces, rows, width, below=None, style=""):
-    """A response in lines of text, and under each one a strip of colours per row, as SVG.
+    def line(self, css_class, xs, ys):
+        points = []
+        for x, y in zip(xs, ys):
+            points.append(f"{self.x(x):.1f},{self.y(y):.1f}")
+        return f'<polyline class="{css_class}" points="{" ".join(points)}"/>'
 
-    rows: [(label, steps)], what each token did to something; a row's largest step has full colour.
-    below: a short text for under each token. The last piece is end-of-text's."""
-    left = 8 + CELL * max(len(label) for label, _ in rows)
-    tall = 30 + len(rows) * STRIP + (12 if below else 0)
-    x, y, parts, room = width, -tall, [], 0     # room: from where on a line has room for a p
-    for t, piece in enumerate([*pieces[:-1], " ⏎"]):
-        wide = CELL * sum(1 + (east_asian_width(letter) in "WF") for letter in piece)
-        if x + wide > width - 2 * CELL * piece[:1].isspace():   # a stop stays with its word
-            x, y, room = left, y + tall, left
-            parts += [f'<text x="{left - 6}" y="{y + 34 + i * STRIP}" text-anchor="end">'
-                      f"{html.escape(label)}</text>" for i, (label, _) in enumerate(rows)]
-        text = html.escape(piece.translate(DRAWN))
-        parts.append(f'<text class="word" x="{x:g}" y="{y + 17}" textLength="{wide:g}">'
-                     f"{text}</text>")
-        for i, (_, steps) in enumerate(rows):
-            share = abs(steps[t]) / (np.abs(steps).max() or 1)
-            sign = "up" if steps[t] > 0 else "down"
-            parts.append(f'<rect class="{sign}" fill-opacity="{share:.2f}" x="{x:g}" '
-                         f'y="{y + 22 + i * STRIP}" width="{wide:g}" height="{STRIP - 2}"/>')
-        if below and below[t] and x >= room:
-            parts.append(f'<text class="p" x="{x + 1:g}" y="{y + tall - 6}">{below[t]}</text>')
-            room = x + 2.5 * CELL
-        x += wide
-    size = f'viewBox="0 0 {width} {y + tall}" width="{width}" height="{y + tall}"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
-            f'aria-label="What each token did to the reward">{style}{"".join(parts)}</svg>')
+    def text(self, x, y, text, anchor="middle", css_class=""):
+        return (
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
+            f'class="{css_class}">{escape(text)}</text>'
+        )
+
+    def grid(self, y_ticks):
+        """A horizontal line and a label for every tick."""
+        parts = []
+        for value, label in y_ticks:
+            y, end = self.y(value), self.width - self.right
+            parts.append(f'<path class="axis" d="M{self.left} {y:.1f}H{end}"/>')
+            parts.append(self.text(self.left - 6, y + 4, label, "end"))
+        return "".join(parts)
 
 
-# Parts of the page -------------------------------------------------------------------------------
-
-def figure(drawn, caption):
-    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
-
-
-def diagonal(bins, names, low, caption):
-    """Bins of benchmarks.calibration against the diagonal, where all is well; names: of x and y."""
-    points = [(row["predicted"], row["actual"]) for row in bins]
-    lines = [("other", [(low, low), (1, 1)]), ("own", points), ("dots", points)]
-    return figure(chart(lines, ticks(low, 1), ticks(0, 1), names), caption)
+def svg(width, height, label, content, style=""):
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'role="img" aria-label="{escape(label)}">{style}{content}</svg>'
+    )
 
 
-def best_of_n(found):
-    """found: bon.curve's rows."""
-    lines = [(style, [(np.log2(row["n"]), row[key]) for row in found]) for style, key in (
-        ("thin", "low"), ("thin", "high"), ("other", "oracle"), ("other", "random"),
-        ("own", "reward_model"), ("dots", "reward_model"))]
-    golds = [y for _, points in lines for _, y in points]
-    drawn = chart(lines, [(np.log2(row["n"]), row["n"]) for row in found],
-                  ticks(min(golds), max(golds), 5, "{:.2f}"), ("n", "gold"))
-    return figure(drawn, "Best of n: gold of the response that it picks, with a 95% interval; "
-                  "dashed, the best one and a random one.")
+def ticks(low, high, count, format_spec):
+    return [(v, format(v, format_spec)) for v in np.linspace(low, high, count)]
 
 
-def search(rewards, worth, exact):
-    """What halving picks and how many tokens it writes, at places that are shares of the mean
-    length; rewards and exact: of every prefix, sets of candidates."""
-    length = np.mean([len(r) for some in rewards for r in some])
-    found = defaultdict(list)       # (judge, way) -> its points
-    for shares in HALVE_AT:
-        places = sorted({max(1, round(share * length)) for share in shares})
-        for row in compare_ways(rewards, worth, range(len(worth)), places, exact):
-            point = row["tokens"], row["worth"]
-            if point not in found[row["judge"], row["way"]]:
-                found[row["judge"], row["way"]].append(point)
-    whole, model = found["reward model", "best of all"], "reward model"
-    lines = [("own", found[model, "halving"] + whole), ("dots", found[model, "halving"] + whole),
-             ("other", found["random", "one"] + found[model, "best of as many tokens"] + whole),
-             ("thin", found["exact value", "halving"] + found["oracle", "best of all"])]
-    points = [point for _, line in lines for point in line]
-    xs, ys = ([0, *axis] for axis in zip(*points))
-    drawn = chart(lines, ticks(0, max(xs), 5, "{:.0f}"), ticks(min(ys), max(ys), 5, "{:.2f}"),
-                  ("tokens written", "gold"))
-    return figure(drawn, "Search: gold of the pick when half of the candidates are dropped at each "
-                  "of three places; dashed, when as many tokens are spent on fewer candidates; "
-                  "thin, when the exact value drops them.")
+def chart(lines, x_ticks, y_ticks, x_name, y_name, height=230):
+    """lines: [(css class, xs, ys), ...]. Ticks: [(value, label), ...]"""
+    x_range = x_ticks[0][0], x_ticks[-1][0]
+    y_range = y_ticks[0][0], y_ticks[-1][0]
+    axes = Axes(x_range, y_range, 380, height, (46, 14, 24, 40))
+    parts = [axes.grid(y_ticks), axes.text(4, 12, y_name, "start")]
+    parts.append(axes.text(366, height - 6, x_name, "end"))
+    for value, label in x_ticks:
+        parts.append(axes.text(axes.x(value), height - 24, label))
+    for css_class, xs, ys in lines:
+        parts.append(axes.line(css_class, xs, ys))
+    return svg(380, height, f"{y_name} against {x_name}", "".join(parts))
 
 
-def figures_of(results, device, model, checkpoint, dataset):
-    """The figures of the whole split; results: its metrics."""
-    found = results["reliability"]
-    yield diagonal(found["bins"], ("confidence", "accuracy"), 0.5, "Is it as sure as it is right? "
-                   "Confidence is σ of the difference of two rewards; mean distance from the "
-                   f"dashed line {found['ece']:.3f}.")
+def figure(drawing, caption):
+    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
+
+
+def calibration_figure(bins, low, x_name, y_name, caption):
+    """Bins of evaluate.calibration, and the diagonal of perfect calibration."""
+    xs, ys = [row["predicted"] for row in bins], [row["actual"] for row in bins]
+    lines = [("exact", (low, 1), (low, 1)), ("model", xs, ys)]
+    axes = ticks(low, 1, 6, ".1f"), ticks(0, 1, 6, ".1f")
+    return figure(chart(lines, *axes, x_name, y_name), caption)
+
+
+def best_of_n_figure(rows):
+    """rows: of bon.best_of_n_curve"""
+    xs, lines, golds = [np.log2(row["n"]) for row in rows], [], []
+    for css_class, key in (
+        ("thin", "low"),
+        ("thin", "high"),
+        ("exact", "oracle"),
+        ("exact", "random"),
+        ("model", "reward_model"),
+    ):
+        ys = [row[key] for row in rows]
+        lines.append((css_class, xs, ys))
+        golds += ys
+    x_ticks = [(x, str(row["n"])) for x, row in zip(xs, rows)]
+    y_ticks = ticks(min(golds), max(golds), 5, ".2f")
+    return figure(
+        chart(lines, x_ticks, y_ticks, "n", "true quality"),
+        "Best-of-n: true quality of the selected response, with a 95% interval. "
+        "Dashed: the best and a random response.",
+    )
+
+
+def halving_figure(rewards, gold_scores, exact):
+    """Halving at three token budgets. rewards, exact: of every prefix."""
+    lengths = [len(prefixes) for candidates in rewards for prefixes in candidates]
+    points = {}  # (judge, strategy) -> [(tokens, gold), ...]
+    for shares in HALVING_SHARES:
+        stops = sorted({max(1, round(share * np.mean(lengths))) for share in shares})
+        numbers = range(len(gold_scores))
+        for row in compare_strategies(rewards, gold_scores, numbers, stops, exact):
+            own = points.setdefault((row["judge"], row["strategy"]), [])
+            own.append((row["tokens"], row["gold"]))
+    lines, golds = [], []
+    everything = points["reward model", "best of all"][:1]
+    for css_class, judge, strategy in (
+        ("exact", "reward model", "best-of-n, same tokens"),
+        ("thin", "exact value", "halving"),
+        ("model", "reward model", "halving"),
+    ):
+        own = points[judge, strategy]
+        if judge == "reward model":
+            own = own + everything
+        xs, ys = zip(*own)
+        lines.append((css_class, xs, ys))
+        golds += ys
+    x_ticks = ticks(0, everything[0][0], 5, ".0f")
+    y_ticks = ticks(min(golds), max(golds), 5, ".2f")
+    return figure(
+        chart(lines, x_ticks, y_ticks, "tokens per prompt", "true quality"),
+        "Successive halving: true quality of the selected response against the tokens "
+        "generated. Dashed: best-of-n with the same tokens. Thin: halving by the exact "
+        "value.",
+    )
+
+
+# The page -----------------------------------------------------------------------------
+
+
+def open_model(path, device):
+    """RewardModel, its checkpoint, and its Dataset."""
+    model, _, checkpoint = load_reward_model(path, device)
+    settings, data = checkpoint["settings"], checkpoint["inputs"]["data"]
+    dataset = open_dataset(settings["dataset"], data)
+    if dataset.kind == "labels":
+        raise UserError("a report needs pairs. This dataset has labelled responses")
+    return model, checkpoint, dataset
+
+
+def split_figures(metrics, device, model, checkpoint, dataset):
+    """The figures of val."""
+    reliability = metrics["reliability"]
+    figures = [
+        calibration_figure(
+            reliability["bins"],
+            0.5,
+            "confidence",
+            "accuracy",
+            "Calibration of the ranking. Confidence is sigma of the difference of two "
+            f"rewards. Mean gap to the dashed line: {reliability['ece']:.3f}.",
+        )
+    ]
     if dataset.kind == "toy":
-        yield diagonal(results["value_bins"], ("z", "value"), 0, "Is a prefix worth what it seems? "
-                       "z is σ of its reward less the mean one; mean distance from the "
-                       f"dashed line {results['calibration_error']:.3f}.")
+        error = metrics["calibration_error"]
+        figures.append(
+            calibration_figure(
+                metrics["value_bins"],
+                0.0,
+                "z",
+                "exact value",
+                f"Calibration of z. Mean gap to the dashed line: {error:.3f}.",
+            )
+        )
         config = BonConfig(prompts=50, device=device)
-        generator, _, gold_of = open_generator(dataset.tokenizer, checkpoint, config)
-        rows = obtain_candidates(generator, dataset, config)
-        rewards, worth = prefix_rewards(model, rows), gold_of(rows)
-        final = [[r[-1] for r in some] for some in rewards]
-        yield best_of_n(curve(final, worth, range(len(rows))))
-        yield search(rewards, worth, exact_values(dataset, rows))
+        generator, _, score_gold = open_generator(dataset.tokenizer, checkpoint, config)
+        examples = sample_candidates(generator, dataset, config)
+        rewards, gold_scores = candidate_rewards(model, examples), score_gold(examples)
+        final = []
+        for candidates in rewards:
+            final.append([prefixes[-1] for prefixes in candidates])
+        curve = best_of_n_curve(final, gold_scores, range(len(examples)))
+        figures.append(best_of_n_figure(curve))
+        exact = exact_values(dataset, examples)
+        figures.append(halving_figure(rewards, gold_scores, exact))
+    return "".join(figures)
 
 
-def response(name, pieces, r, V, p, mean):
-    """One response; V may be None; mean: the reward whose z is 1/2."""
-    lines, rows = [("own", list(enumerate(sigmoid(r - mean))))], [("r", steps_of(r))]
-    if V is not None:
-        lines.append(("other", list(enumerate(V))))
-        rows.append(("V", steps_of(V)))
-    last = len(r) - 1
-    along = chart(lines, [(0, "1"), (last or 1, last + 1)], ticks(0, 1, 3), ("token", "z"), 130)
-    below = ["" if x >= 0.95 else f"{x:.2f}".lstrip("0") for x in p]
-    return (f"<figure><b>{name}: reward {r[-1]:+.2f}</b>{along}"
-            f"{strips(pieces, rows, 480, below)}</figure>")
+def response_figure(name, texts, rewards, mean_reward, values, p):
+    """The chart of z along a response, and its tokens, coloured by reward change.
+
+    values: exact values, or None. p: the generator's probability of every token
+    """
+    z, numbers = sigmoid(rewards - mean_reward), np.arange(1, len(rewards) + 1)
+    lines = [("model", numbers, z)]
+    if values is not None:
+        lines.append(("exact", numbers, values))
+    x_ticks = [(1, "1"), (len(rewards), str(len(rewards)))]
+    drawing = chart(lines, x_ticks, ticks(0, 1, 3, ".1f"), "token", "z", 140)
+    changes, tokens = np.diff(rewards, prepend=rewards[0]), []
+    largest = np.abs(changes).max() or 1.0
+    for text, change, p_of_token in zip(texts, changes, p):
+        direction = "up" if change > 0 else "down"
+        strength = round(100 * abs(change) / largest)
+        shown = escape(text) or "\u23ce"  # end-of-text
+        tokens.append(
+            f'<span class="{direction}" style="--strength: {strength}%" '
+            f'title="change {change:+.2f}, p {p_of_token:.2f}">{shown}</span>'
+        )
+    return (
+        f"<figure><b>{name}: reward {rewards[-1]:+.2f}</b>{drawing}"
+        f'<p class="tokens">{"".join(tokens)}</p></figure>'
+    )
 
 
 def table(lines):
-    """Lines of cells, the first one the head."""
-    rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
-            for tag, line in zip(["th"] + ["td"] * len(lines), lines)]
-    return f"<table><tr>{'</tr><tr>'.join(rows)}</tr></table>"
-
-
-# Commands ----------------------------------------------------------------------------------------
-
-def open_model(path, device):
-    """-> RewardModel, its checkpoint, its Dataset, the Split val, exact values beside it or None"""
-    model, _, checkpoint = load_reward_model(path, device)
-    dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint["inputs"]["data"])
-    if dataset.kind == "labels":
-        raise UserError("responses with labels are no pairs; nothing is drawn of them")
-    exact = dataset.array("val", "exact-value") if dataset.kind == "toy" else None
-    return model, checkpoint, dataset, dataset.split("val"), exact
+    """Rows of cells as an HTML table, the header first."""
+    rows = []
+    for number, line in enumerate(lines):
+        tag = "th" if number == 0 else "td"
+        cells = [f"<{tag}>{escape(cell)}</{tag}>" for cell in line]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(rows)}</table>"
 
 
 def write_page(config):
-    model, checkpoint, dataset, split, exact = open_model(config.checkpoint, config.device)
-    settings = checkpoint["settings"]
-    results = evaluate_run(model, dataset, settings)["splits"]
+    model, checkpoint, dataset = open_model(config.checkpoint, config.device)
+    settings, split = checkpoint["settings"], dataset.split("val")
     generator, _ = load_generator(settings["generator"], config.device)
-    about = described(settings["generator"], checkpoint["inputs"]["p"])
-    taken_at, rows = (about["temperature"], about["top_p"]), list(split)
-    rewards = score(model, rows)
-    mean = np.concatenate([r for parts in rewards for r in parts]).mean()
-    margins = np.array([a[-1] - b[-1] for a, b in rewards])
+    metadata = read_p_metadata(settings["generator"], checkpoint["inputs"]["p"])
+    results = evaluate_run(model, dataset, settings)["splits"]
+    examples = list(split)
+    rewards = score(model, examples)
+    all_rewards = np.concatenate([r for responses in rewards for r in responses])
+    margins = np.array([chosen[-1] - rejected[-1] for chosen, rejected in rewards])
 
-    def pair(i):
-        p = map(np.exp, response_logprobs(generator, [rows[i]], *taken_at)[0])
-        V = (None, None) if exact is None else split.of_responses(exact, i)
-        pieces = [dataset.tokenizer.pieces(tokens) for tokens in rows[i].responses]
-        parts = [response(*known, mean) for known in
-                 zip(("chosen", "rejected"), pieces, rewards[i], V, p)]
-        prompt = html.escape(dataset.tokenizer.decode(rows[i].prompt)[-600:].strip())
-        return (f'<details open=""><summary>pair {i}: reward difference {margins[i]:+.2f}'
-                f"</summary><p>{prompt}</p><div>{''.join(parts)}</div></details>")
+    def pair_figure(i):
+        logprobs = response_logprobs(
+            generator, [examples[i]], metadata["temperature"], metadata["top_p"]
+        )[0]
+        values = None, None
+        if dataset.kind == "toy":
+            values = split.response_values(dataset.array("val", "exact-value"), i)
+        parts = []
+        for side, name in enumerate(("chosen", "rejected")):
+            texts = dataset.tokenizer.token_texts(examples[i].responses[side])
+            own = texts, rewards[i][side], all_rewards.mean(), values[side]
+            parts.append(response_figure(name, *own, np.exp(logprobs[side])))
+        prompt = escape(dataset.tokenizer.decode(examples[i].prompt)[-600:].strip())
+        return (
+            f'<details open=""><summary>pair {i}: reward difference {margins[i]:+.2f}'
+            f'</summary><p class="prompt">{prompt}</p><div>{"".join(parts)}</div>'
+            "</details>"
+        )
 
     order = np.argsort(-margins, kind="stable").tolist()
-    hits = [pair(i) for i in order[:config.count] if margins[i] > 0]
-    misses = [pair(i) for i in order[::-1][:config.count] if margins[i] <= 0]
+    right = [i for i in order[: config.count] if margins[i] > 0]
+    wrong = [i for i in order[::-1][: config.count] if margins[i] <= 0]
     folder = Path(config.checkpoint)
-    out = config.out or (folder if folder.is_dir() else folder.parent) / "report.html"
-    write_text(out, PAGE.format(
-        title=html.escape(f"Reward model {config.checkpoint}"), css=CSS,
-        about=html.escape("{regularizer}, read-out {readout}, seed {seed}, trained on {dataset}; "
-                          "below the table all is of its split val.".format(**settings)),
+    if not folder.is_dir():
+        folder = folder.parent
+    path = config.out or folder / "report.html"
+    described = (
+        "{regularizer}, p: {p_source}, prefix reward: {prefix_reward}, seed {seed}"
+    )
+    page = PAGE.format(
+        title=escape(f"Reward model {config.checkpoint}"),
+        css=(ROOT / "lab" / "report.css").read_text(encoding="utf-8"),
+        settings=escape(f"{described}. Dataset: {{dataset}}".format(**settings)),
         table=table(table_lines(results)),
-        dashed=" (dashed: the exact value)" * (exact is not None),
-        exact=" and to the exact value V" * (exact is not None),
-        figures="".join(figures_of(results["val"], config.device, model, checkpoint, dataset)),
-        hits="".join(hits) or NONE, misses="".join(misses) or NONE))
-    print(f"wrote {out}: {len(hits)} hits, {len(misses)} misses")
+        explanation=EXPLANATION,
+        figures=split_figures(
+            results["val"], config.device, model, checkpoint, dataset
+        ),
+        right="".join(map(pair_figure, right)) or "<p>There are none.</p>",
+        wrong="".join(map(pair_figure, wrong)) or "<p>There are none.</p>",
+    )
+    inputs = config.checkpoint, settings["generator"], dataset.folder
+    with open_output(path, *inputs) as file:
+        file.write(page)
+    print(f"wrote {path}: {len(right)} right and {len(wrong)} wrong pairs")
+
+
+# The picture --------------------------------------------------------------------------
+
+STYLE = """<style>
+svg { --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --band: #eef1f4;
+  --model: #0969da; --baseline: #8c959f }
+@media (prefers-color-scheme: dark) { svg { --ink: #f0f6fc; --soft: #9198a1;
+  --line: #3d444d; --band: #1c2128; --model: #58a6ff; --baseline: #768390 } }
+text { font: 12px system-ui, sans-serif; fill: var(--soft) }
+.word { font-size: 11px }
+.evidence { font-weight: bold; fill: var(--ink) }
+.sign { font-size: 17px; font-weight: bold; fill: var(--ink) }
+polyline { fill: none; stroke-width: 2.2; stroke-linejoin: round }
+polyline.exact { stroke: var(--ink); stroke-dasharray: 6 4; stroke-width: 1.8 }
+polyline.model { stroke: var(--model); stroke-width: 2.8 }
+polyline.baseline { stroke: var(--baseline) }
+text.exact, text.model, text.baseline { font-size: 14px; font-weight: 600 }
+text.exact { fill: var(--ink) }
+text.model { fill: var(--model) }
+text.baseline { fill: var(--baseline) }
+.axis { stroke: var(--line) }
+.band { fill: var(--band) }
+</style>"""
+
+
+def predicted_values(model, examples):
+    """z of every prefix: for each Example a list of arrays, one per response."""
+    rewards = score(model, examples)
+    mean = np.concatenate([r for responses in rewards for r in responses]).mean()
+    values = []
+    for responses in rewards:
+        values.append([sigmoid(response - mean) for response in responses])
+    return values
+
+
+def find_evidence(texts, kinds):
+    """The evidence in a response: [(first token, last token, quality), ...]."""
+    evidence = []
+    for start in np.flatnonzero(kinds == 2):
+        end = start
+        while "," not in texts[end]:
+            end += 1
+        phrase = "".join(texts[start : end + 1]).strip(" ,")
+        evidence.append((start, end, QUALITY_OF[phrase]))
+    return evidence
+
+
+def draw_prefixes(texts, lines, evidence):
+    """The picture. lines: [(css class, label, values), ...], one value per token"""
+    n_tokens = len(texts)
+    axes = Axes((0, n_tokens - 1), (0, 1), 900, 360, (40, 118, 30, 76))
+    parts = []
+    for start, end, quality in evidence:
+        left, right = axes.x(start - 0.5), axes.x(end + 0.5)
+        top, height = axes.y(1), axes.y(0) - axes.y(1)
+        parts.append(
+            f'<rect class="band" x="{left:.1f}" y="{top:.1f}" '
+            f'width="{right - left:.1f}" height="{height:.1f}"/>'
+        )
+        sign = "+" if quality > 0 else "\u2212"
+        parts.append(axes.text((left + right) / 2, top + 16, sign, css_class="sign"))
+    parts.append(axes.grid(ticks(0, 1, 5, ".2f")))
+    parts.append(axes.text(4, 16, "value of the prefix", "start"))
+    label_heights = spread([axes.y(values[-1]) for _, _, values in lines], 18)
+    for (css_class, label, values), y in zip(lines, label_heights):
+        parts.append(axes.line(css_class, range(n_tokens), values))
+        x = axes.x(n_tokens - 1) + 8
+        parts.append(axes.text(x, y + 5, label, "start", css_class))
+    is_evidence = set()
+    for start, end, _ in evidence:
+        is_evidence.update(range(start, end + 1))
+    for t, text in enumerate(texts):
+        css_class = "word evidence" if t in is_evidence else "word"
+        x, y = axes.x(t) + 4, axes.y(0) + 10
+        parts.append(
+            f'<text class="{css_class}" text-anchor="end" '
+            f'transform="translate({x:.1f} {y:.1f}) rotate(-90)">'
+            f"{escape(text.strip())}</text>"
+        )
+    label = "Exact and predicted value of every prefix of one response"
+    return svg(900, 360, label, "".join(parts), STYLE)
+
+
+def spread(heights, gap):
+    """Move labels apart so that none overlap, keeping their order."""
+    order = np.argsort(heights)
+    moved = np.array(heights, dtype=float)
+    for above, below in zip(order, order[1:]):
+        moved[below] = max(moved[below], moved[above] + gap)
+    return moved
 
 
 def write_picture(config):
-    i, side = divmod(config.response, 2)
-    rows, opened = [], [open_model(path, config.device) for path in config.checkpoint.split(",")]
-    *_, dataset, split, exact = opened[0]
-    in_range(config, 0, 2 * len(split) - 1, "response")
-    for model, checkpoint, its_dataset, *_ in opened:
-        if its_dataset.folder != dataset.folder:
-            raise UserError("the models of a picture are of one dataset")
-        words = [checkpoint["settings"][key] for key in ("regularizer", "probs", "readout")]
-        label = " ".join(word for word in words if word not in ("generator", "last"))
-        rows.append((label, steps_of(score(model, [split[i]])[0][side])))
-    if exact is not None:
-        rows.append(("exact value", steps_of(split.of_responses(exact, i)[side])))
-    pieces = dataset.tokenizer.pieces(split[i].responses[side])
-    write_text(config.svg, strips(pieces, rows, 880, style=CSS))
+    paths = [path for path in config.checkpoint.split(",") if path]
+    if len(paths) != 2:
+        raise UserError("the picture needs --checkpoint=BASELINE,MODEL")
+    opened = [open_model(path, config.device) for path in paths]
+    dataset = opened[0][2]
+    if dataset.kind != "toy" or opened[1][2].folder != dataset.folder:
+        raise UserError("the picture needs two models of one toy dataset")
+    split = dataset.split("val")
+    examples, gains, z = list(split), [], []
+    for model, _, _ in opened:
+        z.append(predicted_values(model, examples))
+    exact, kinds = dataset.array("val", "exact-value"), dataset.array("val", "kind")
+    for i in range(len(split)):
+        V, _ = split.response_values(exact, i)
+        errors = [np.abs(values[i][0] - V).mean() for values in z]
+        gains.append(errors[0] - errors[1])
+    i = int(np.argsort(gains, kind="stable")[len(gains) // 2])
+    print(
+        f"chosen response of pair {i}, with the median gain {gains[i]:+.3f} of "
+        f"{len(gains)}. Gain: mean |z - V| of {paths[0]} minus that of {paths[1]}"
+    )
+    texts = dataset.tokenizer.token_texts(examples[i].responses[0])[:-1]
+    names = {"none": "baseline", "icrm": "ICRM"}
+    lines = []
+    for css_class, (_, checkpoint, _), values in zip(("baseline", "model"), opened, z):
+        name = checkpoint["settings"]["regularizer"]
+        lines.append((css_class, names.get(name, name), values[i][0][:-1]))
+    V, _ = split.response_values(exact, i)
+    lines.append(("exact", "exact value", V[:-1]))
+    evidence = find_evidence(texts, split.response_values(kinds, i)[0][:-1])
+    with open_output(config.svg, *paths) as file:
+        file.write(draw_prefixes(texts, lines, evidence))
     print(f"wrote {config.svg}")
 
 
 def main(config):
-    in_range(config, 1, 10**6, "count")
-    (write_picture if config.svg else write_page)(config)
+    check_range(config, 1, 10**6, "count")
+    if config.svg:
+        write_picture(config)
+    else:
+        write_page(config)
 
 
 if __name__ == "__main__":

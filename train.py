@@ -1,272 +1,382 @@
-"""Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096, section 4).
+"""Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096).
 
-    python train.py                                     the toy world, from nothing, a minute
-    python train.py --regularizer=none                  the baseline, without the regularizer
+    python train.py                                     the toy world, in a minute
+    python train.py --regularizer=none                  the baseline
     python train.py --dataset=mine                      your own pairs (data/prepare.py)
-    torchrun --standalone --nproc_per_node=K train.py   K processes read each batch together
+    torchrun --standalone --nproc_per_node=K train.py   K processes share each batch
 
-Makes the toy world and the generator where they are absent, trains the reward model from the
-generator's weights and evaluates it on every split; out come OUT_DIR/ckpt.pt, log.jsonl and
-eval.json. It trains whenever it is started: the run before it is kept as OUT_DIR.previous.
+Prepares the toy world and the generator if they are missing, trains the reward model
+from the generator's weights, and evaluates it on every split. Writes OUT_DIR/ckpt.pt,
+log.jsonl and eval.json. Every start trains from scratch, unless --resume=True. The last
+finished run is kept in OUT_DIR/previous.
 
-Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM" baseline is
-lambda = 0, plain Bradley-Terry is that with --lm_weight=0. On responses labelled correct or not,
-binary cross-entropy takes the place of L_BT (the paper's mathematics runs).
+Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM"
+baseline has lambda = 0. Plain Bradley-Terry also has --lm_weight=0. If responses are
+labelled correct or incorrect, L_BT is binary cross-entropy (the paper's mathematics
+runs).
 """
+
 import dataclasses
 import os
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from config import (HERE, Stopping, UserError, autocast, check_finite, choose, in_range,
-                    pick_device, run_other, run_script)
+from common import (
+    ROOT,
+    Run,
+    UserError,
+    autocast,
+    check_choice,
+    check_finite,
+    check_range,
+    file_sha256,
+    is_main_process,
+    load_checkpoint,
+    lock,
+    pick_device,
+    run_script,
+    write_json,
+)
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import toy
+from data.batch import BatchSchedule, collate, pad
 from data.dataset import open_dataset
-from data.files import Run, fingerprint, load_checkpoint, write_json
-from data.frozen import store_states
-from data.probs import PROBS, Probs
-from data.rows import batch_of, make_batch, make_targets
 from evaluate import evaluate_run, evaluate_split
-from model import (RewardModel, frozen_language_model, learning_rate, length_normalised_nll,
-                   make_optimizer, token_logprobs, update)
-from regularizer import READOUTS, REGULARIZERS, last_tokens, read_out
+from generator import P_SOURCES, GeneratorConfig, Probs
+from generator import main as run_generator
+from model import (
+    PREFIX_REWARDS,
+    RewardModel,
+    learning_rate,
+    length_normalized_nll,
+    load_language_model,
+    make_optimizer,
+    update,
+)
+from regularizer import REGULARIZERS, last_tokens
 
-SHOWN = {"bt": "bt", "accuracy": "accuracy", "margin": "margin", "reg": "reg", "lm": "lm",
-         "grad_norm": "grad_norm", "val_accuracy": "val acc", "val_correlation": "corr(z,V)"}
-LM_TRUNK_GRADIENT = 1e-3    # share of L_SFT's gradient that reaches the trunk (GRM's released code)
+LM_GRADIENT_SCALE = 1e-3  # share of L_SFT's gradient that reaches the transformer (GRM)
+SCALE_MOMENTUM = 0.95  # of the running mean S
+WARMUP_SHARE = 0.25  # of all steps
+LOG_COLUMNS = {
+    "bt": "bt",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "reg": "reg",
+    "lm": "lm",
+    "grad_norm": "grad_norm",
+    "val_accuracy": "val acc",
+    "val_correlation": "val corr",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    dataset: str = "toy"            # a folder under data/, made by its prepare.py
-    generator: str = ""             # folder of the generator; empty: out/DATASET-generator
-    out_dir: str = ""               # empty: out/DATASET-REGULARIZER[-PROBS][-READOUT]-seedSEED
-    resume: bool = False            # go on from out_dir's last checkpoint
-    regularizer: str = "icrm"       # a name in regularizer.REGULARIZERS
-    probs: str = "generator"        # p: generator, uniform (1), shuffled, exact (toy worlds)
-    readout: str = "last"           # reward of a prefix: last, mean or sum of its tokens' scores
-    reg_weight: float = 0.5         # lambda of the objective; `none` takes 0
-    lm_weight: float = 1.0          # weight of L_SFT; 0 leaves it out
-    seed: int = 0                   # reward head and order of the data
-    steps: int = 80                 # updates
-    batch_size: int = 32            # pairs (or labelled responses) per update, over all processes
-    learning_rate: float = 0.0      # peak, after a quarter of the steps; 0: 2e-3, pretrained 3e-4
-    unfrozen: int = 0               # train the last so many blocks alone; 0: all, and the embedding
-    log_interval: int = 10          # updates between log lines
-    eval_interval: int = 40         # updates between checkpoints and looks at val
-    device: str = "auto"            # auto, cpu, cuda, cuda:N
-    dtype: str = "auto"             # auto (bfloat16 on CUDA), float32, bfloat16
-    compile: bool = False           # torch.compile the transformer
-    recompute: bool = False         # keep no activations inside the blocks: less memory, more work
+    dataset: str = "toy"  # a folder under data/
+    generator: str = ""  # folder of the generator. empty: out/DATASET-generator
+    out_dir: str = ""  # empty: out/DATASET-REGULARIZER[-P][-PREFIX_REWARD]-seedSEED
+    resume: bool = False  # continue from the last checkpoint in out_dir
+    regularizer: str = "icrm"  # a name in regularizer.REGULARIZERS
+    p_source: str = "generator"  # generator, uniform (p = 1), shuffled, exact (toy)
+    prefix_reward: str = "last"  # last, mean or sum of the tokens' scores
+    reg_weight: float = 0.5  # lambda. The regularizer `none` uses 0
+    lm_weight: float = 1.0  # weight of L_SFT. 0 skips it
+    seed: int = 0  # of the reward head and the order of the data
+    steps: int = 80  # updates
+    batch_size: int = 32  # pairs (or labelled responses) per update
+    learning_rate: float = 0.0  # peak. 0: 2e-3, or 3e-4 with a pretrained model
+    train_last_layers: int = 0  # train only this many last blocks. 0: everything
+    log_interval: int = 10  # updates between log lines
+    eval_interval: int = 40  # updates between checkpoints and evaluations of val
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
+    compile: bool = False  # torch.compile the transformer
+    gradient_checkpointing: bool = False  # less memory, more computation
+    deterministic: bool = False  # deterministic algorithms on CUDA
 
 
-# The objective ----------------------------------------------------------------------------------
+# Objective ----------------------------------------------------------------------------
+
 
 def bradley_terry(rewards, mask):
-    """L_BT = -log sigma(r_last^w - r_last^l), mean over items; and the differences, the margins.
+    """L_BT: -log sigma(reward of chosen - reward of rejected), mean over pairs.
 
-    A side without a response counts as r_last = 0, so a labelled response has binary cross-entropy:
-    -log sigma(r_last) where it is correct, -log(1 - sigma(r_last)) where it is not.
-    (2B, T), (2B, T) -> (), (B,)"""
-    last = torch.where(last_tokens(mask), rewards, 0.0).sum(1)              # (2B,)
-    chosen, rejected = last.chunk(2)
+    The reward of a response is that of its last token. A missing response has reward 0,
+    so a single labelled response gets binary cross-entropy.
+    (2B, T), (2B, T) -> loss (), margins (B,)
+    """
+    final_rewards = torch.where(last_tokens(mask), rewards, 0.0).sum(1)  # (2B,)
+    chosen, rejected = final_rewards.chunk(2)  # (B,) each
     margins = chosen - rejected
     return -F.logsigmoid(margins).mean(), margins
 
 
-def normalised(penalty, scale, S):
-    """L_reg = penalty / S, and S, which follows scale where there is one.  (), (), () -> (), ()"""
+def divide_by_running_mean(penalty, scale, S):
+    """L_reg = penalty / S, where S is a running mean of scale. Returns L_reg and S."""
     if scale is None:
         return penalty, S
-    S = 0.95 * S + 0.05 * scale.detach()
+    S = SCALE_MOMENTUM * S + (1 - SCALE_MOMENTUM) * scale.detach()
     return penalty / S, S
 
 
-# Training ---------------------------------------------------------------------------------------
-
-def forward(model, batch, responses, lm_weight):
-    """A Batch -> token scores (R, T) and its share of L_SFT, a mean over so many responses, ()."""
-    hidden = model.model.read(batch)                                        # (N, C)
-    if not lm_weight:
-        return model.scores(hidden, batch), torch.zeros((), device=hidden.device)
-    states = LM_TRUNK_GRADIENT * hidden + (1 - LM_TRUNK_GRADIENT) * hidden.detach()
-    logprobs = token_logprobs(states, model.lm_head, batch)                 # (M,)
-    return model.scores(hidden, batch), length_normalised_nll(logprobs, batch, responses)
+def scale_gradient(x, factor):
+    """x, with its gradient multiplied by factor."""
+    return factor * x + (1 - factor) * x.detach()
 
 
-def train(config, dataset, probs, team):
-    """-> the trained RewardModel, and what the last look at val found"""
-    regularize, precision = REGULARIZERS[config.regularizer], autocast(team.device, config.dtype)
-    lam = 0.0 if config.regularizer == "none" else config.reg_weight
-    model, optimizer, run, first = start(config, dataset, probs, team)
-    data, val = dataset.split("train"), {}
-    S = torch.tensor(run.checkpoint["S"] if first else 0.5, device=team.device)
-    print(" step" + "".join(f"{name:>10}" for name in SHOWN.values()))
-    for step in tqdm(range(first, config.steps), "reward model", config.steps, initial=first,
-                     disable=None if team.first else True, leave=False):
-        items = batch_of(step, len(data), config.batch_size, config.seed)
-        mask, p = make_targets([probs[i] for i in items])
-        mask, p = mask.to(team.device), p.to(team.device)                   # (2B, T), (2B, T-1)
-        rows = [data[i] for i in items[team.rank::team.size]]               # this process's share
-        batch = make_batch(rows, likelihoods=len(rows)).to(team.device)
+# Training -----------------------------------------------------------------------------
 
-        with precision:
-            responses = mask[:len(items), 0].sum().clamp(min=1)             # chosen ones
-            a, lm = forward(model, batch, responses, config.lm_weight)      # (2b, t), ()
-        a = team.join(a, mask.shape)                                        # (2B, T)
-        r = read_out(a, mask, config.readout)                               # (2B, T)
-        bt, margins = bradley_terry(r, mask)
-        reg, S = normalised(*regularize(r, p, mask), S)
-        loss = config.lm_weight * lm + lam * reg + (1 - lam) * bt
+
+def collate_probs(pairs):
+    """Pad the p of pairs. [[p of chosen, p of rejected], ...] -> (2B, T-1), (2B, T)
+
+    Returns p_t, the probability of response token t+1 (0 on padding), and the mask of
+    response tokens. Chosen responses come first, as in a Batch.
+    """
+    responses = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    mask = pad([np.ones(len(p)) for p in responses]).bool()
+    return pad([p[1:] for p in responses], dtype=np.float32), mask
+
+
+def train(config, dataset, probs, device):
+    """Train the reward model. Return it, and the metrics of the last look at val."""
+    model, optimizer, run, first_step, S = build_or_resume(
+        config, dataset, probs, device
+    )
+    regularizer = REGULARIZERS[config.regularizer]
+    lambda_ = 0.0 if config.regularizer == "none" else config.reg_weight
+    split, val_metrics = dataset.split("train"), {}
+    schedule = BatchSchedule(split.example_lengths, config.batch_size, config.seed)
+    rank, world_size = process_rank(), process_count()
+    print(" step" + "".join(f"{name:>10}" for name in LOG_COLUMNS.values()))
+    steps = range(first_step, config.steps)
+    no_bar = None if is_main_process() else True  # None: a bar in a terminal only
+    for step in tqdm(steps, "reward model", disable=no_bar, leave=False):
+        numbers = schedule[step]
+        p, mask = collate_probs([probs[i] for i in numbers])
+        p, mask = p.to(device), mask.to(device)  # (2B, T-1), (2B, T)
+        # With several processes, each one reads its share of the pairs.
+        batch = collate([split[i] for i in numbers[rank::world_size]]).to(device)
+
+        with autocast(device, config.dtype):
+            hidden = model.hidden_states(batch)  # (B, L, C)
+            rewards = model.prefix_rewards(hidden, batch)  # (2B, T)
+            loss_lm = lm_loss(model, hidden, batch, mask, config.lm_weight)
+        rewards = gather_rewards(rewards, mask)  # of all processes
+        loss_bt, margins = bradley_terry(rewards, mask)
+        penalty, scale = regularizer(rewards, p, mask)
+        loss_reg, S = divide_by_running_mean(penalty, scale, S)
+        loss = config.lm_weight * loss_lm + lambda_ * loss_reg + (1 - lambda_) * loss_bt
+
         loss.backward()
-        lm = lm.detach()
-        team.add_up([lm, *(q.grad for q in model.parameters() if q.grad is not None)])
-        rate = learning_rate(step, config.steps, config.learning_rate, config.steps // 4)
-        norm = update(model, optimizer, rate)
+        gradients = [w.grad for w in model.parameters() if w.grad is not None]
+        loss_lm = loss_lm.detach()
+        sum_over_processes([loss_lm, *gradients])
+        rate = learning_rate(
+            step, config.steps, config.learning_rate, int(WARMUP_SHARE * config.steps)
+        )
+        grad_norm = update(model, optimizer, rate)
 
         done = step + 1
-        looks = done % config.eval_interval == 0 or done == config.steps
-        if done % config.log_interval == 0 or looks:
-            terms = {"bt": bt, "accuracy": (margins > 0).float().mean(), "margin": margins.mean(),
-                     "reg": reg, "lm": lm, "grad_norm": norm, "S": S}
-            check_finite(done, *(value.item() for value in terms.values()))
-            val = evaluate_split(model, dataset, "val") if looks and team.first else {}
-            log(run, done, rate, terms, val)
-        if looks or Stopping.asked:
+        evaluates = done % config.eval_interval == 0 or done == config.steps
+        if done % config.log_interval == 0 or evaluates:
+            metrics = {
+                "bt": loss_bt,
+                "accuracy": (margins > 0).float().mean(),
+                "margin": margins.mean(),
+                "reg": loss_reg,
+                "lm": loss_lm,
+                "grad_norm": grad_norm,
+                "S": S,
+            }
+            metrics = {name: value.item() for name, value in metrics.items()}
+            check_finite(done, *metrics.values())
+            if evaluates and is_main_process():
+                val_metrics = evaluate_split(model, dataset, "val")
+            log(run, done, rate, metrics, val_metrics if evaluates else {})
+        if evaluates:
             run.save(done, model, optimizer, dataset.tokenizer, S=S.item())
-    return model, val
+    return model, val_metrics
 
 
-def start(config, dataset, probs, team):
-    """The model, new from the generator's weights or as the checkpoint has it.
-    -> RewardModel, optimizer, Run, number of the first step"""
-    generator = frozen_language_model(load_checkpoint(config.generator, "generator"))
+def lm_loss(model, hidden, batch, mask, lm_weight):
+    """L_SFT on the chosen responses. mask: (2B, T) of the whole batch -> ()"""
+    if lm_weight == 0:
+        return torch.zeros((), device=hidden.device)
+    n_pairs = len(batch.tokens)
+    n_responses = mask[: len(mask) // 2, 0].sum().clamp(min=1)
+    hidden = scale_gradient(hidden, LM_GRADIENT_SCALE)
+    logprobs = model.lm_logprobs(hidden, batch, rows=n_pairs)  # (B, T)
+    return length_normalized_nll(logprobs, batch.mask[:n_pairs], n_responses)
+
+
+def build_or_resume(config, dataset, probs, device):
+    """The model, its optimizer, its Run, the next step's number, and S."""
+    generator = load_language_model(load_checkpoint(config.generator, "generator"))
     torch.manual_seed(config.seed)
-    model = RewardModel.from_generator(generator, config.readout).to(team.device).train()
-    del generator       # its weights are the model's
-    inputs = {"data": dataset.fingerprint, "p": probs.fingerprint,
-              "regularizer.py": fingerprint((HERE / "regularizer.py").read_text(encoding="utf-8"))}
-    if config.unfrozen:
-        freeze(model.model, config, dataset, team)
-    run = Run("reward model", config, inputs, writes=team.first)
-    model.model.recompute = config.recompute
+    model = RewardModel.from_generator(generator, config.prefix_reward)
+    model = model.to(device).train()
+    if config.train_last_layers:
+        model.train_last_layers(config.train_last_layers)
+    model.model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         model.model.compile(dynamic=True)
+    inputs = {
+        "data": dataset.fingerprint,
+        "p": probs.fingerprint,
+        "regularizer.py": file_sha256(ROOT / "regularizer.py"),
+    }
+    run = Run("reward model", config, inputs, writes=is_main_process())
     optimizer = make_optimizer(model, config.learning_rate)
-    return model, optimizer, run, run.restore(model, optimizer)
+    first_step = run.resume(model, optimizer)
+    S = run.checkpoint["S"] if config.resume else 0.5
+    return model, optimizer, run, first_step, torch.tensor(S, device=device)
 
 
-def freeze(trunk, config, dataset, team):
-    """Freeze all but the last blocks and start above them: what they read is stored, once."""
-    if config.unfrozen > len(trunk.layers):
-        raise UserError(f"--unfrozen={config.unfrozen}, and there are {len(trunk.layers)} blocks")
-    trunk.freeze(len(trunk.layers) - config.unfrozen)
-    with team.first_alone(), autocast(team.device, config.dtype):
-        dataset.below = store_states(trunk, dataset, ("train", "val"), config.generator)
-
-
-def log(run, step, rate, terms, val):
-    """Write and print one line of the log, with what a look at val found, if there was one."""
-    record = {"step": step, "learning_rate": rate}
-    record |= {name: value.item() + 0.0 for name, value in terms.items()}   # -0.0 becomes 0.0
-    found = val.get("val", {})
-    record |= {f"val_{key}": found[key] for key in ("accuracy", "correlation") if key in found}
+def log(run, step, rate, metrics, val_metrics):
+    """Log and print one line."""
+    record = {"step": step, "learning_rate": rate, **metrics}
+    for name in ("accuracy", "correlation"):
+        if name in val_metrics.get("val", {}):
+            record[f"val_{name}"] = val_metrics["val"][name]
     run.log(record)
-    tqdm.write(f"{step:5d}" + "".join(f"{record[key]:10.3f}" for key in SHOWN if key in record))
+    columns = [f"{record[name]:10.3f}" for name in LOG_COLUMNS if name in record]
+    tqdm.write(f"{step:5d}" + "".join(columns))
 
 
-class Team:
-    """The processes that torchrun started, one by default. Each reads its share of every batch and
-    meets the others' rewards without gradient; gradients are added up."""
+# Several processes (torchrun) ---------------------------------------------------------
+#
+# Each process reads its share of the pairs and receives the rewards of the others
+# without gradient. All compute the same loss. The sum of their gradients is the
+# gradient of one process that reads the whole batch.
 
-    def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.first = self.rank == 0
-        if self.size > 1:
-            gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-            device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu else device
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=7))
-        self.device = pick_device(device)
-        if not self.first:
-            sys.stdout = open(os.devnull, "w")
 
-    @contextmanager
-    def first_alone(self):
-        """The first process does it while the others wait, then they."""
-        if not self.first:
-            dist.barrier()
-        yield
-        if self.first and self.size > 1:
-            dist.barrier()
+def process_rank():
+    return int(os.environ.get("RANK", "0"))
 
-    def join(self, a, shape):
-        """This process's scores in their places among all.  (2b, t) -> (2B, T)"""
-        if self.size == 1:
-            return a
-        a = F.pad(a, (0, shape[1] - a.size(1)))
-        everyone = [torch.empty_like(a) for _ in range(self.size)]
-        dist.all_gather(everyone, a.detach())
-        everyone[self.rank] = a
-        return torch.stack(everyone, 1).flatten(0, 1)       # as items[rank::size] took them
 
-    def add_up(self, tensors):
-        for tensor in tensors if self.size > 1 else ():
+def process_count():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(device_name):
+    """Connect the processes of torchrun, if any. Return this process's device."""
+    if process_count() == 1:
+        return device_name
+    use_gpu = device_name in ("auto", "cuda") and torch.cuda.is_available()
+    backend = "nccl" if use_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if use_gpu else device_name
+
+
+def wait_for_processes():
+    if process_count() > 1:
+        dist.barrier()
+
+
+def gather_rewards(rewards, mask):
+    """This process's rewards among those of all. (2b, t) -> (2B, T)"""
+    if process_count() == 1:
+        return rewards
+    rewards = F.pad(rewards, (0, mask.size(1) - rewards.size(1)))  # (2b, T)
+    shares = [torch.empty_like(rewards) for _ in range(process_count())]
+    dist.all_gather(shares, rewards.detach())
+    shares[process_rank()] = rewards
+    # Process k has pairs k, k + size, ...: interleave the rows.
+    return torch.stack(shares, 1).flatten(0, 1)  # (2B, T)
+
+
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over the processes."""
+    if process_count() > 1:
+        for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def obtain_inputs(config):
-    """Run the commands that make the toy world and the generator, where they are absent."""
+# Command ------------------------------------------------------------------------------
+
+
+def prepare_inputs(config):
+    """Prepare the toy world and the generator, if they are missing."""
     if config.dataset == "toy" and not Path("data/toy/dataset.json").exists():
-        run_other("data/toy/prepare.py")
-    if (Path(config.generator) / "p.json").exists():
+        print("+ python data/toy.py")
+        toy.main(toy.ToyConfig())
+    folder = Path(config.generator)
+    if (folder / "p.json").exists():
         return
-    tokenizer = open_dataset(config.dataset).tokenizer
-    how = {"dataset": config.dataset, "dtype": config.dtype}
-    if tokenizer.pretrained:        # a pretrained model's: it is the generator, as it is
-        how |= {"init_from": tokenizer.name, "steps": 0}
-    if (Path(config.generator) / "ckpt.pt").exists():       # it goes on as it began
-        how = load_checkpoint(config.generator, "generator")["settings"] | {"resume": True}
-    run_other("generator.py", **how | {"out_dir": config.generator, "device": config.device})
+    settings = {"dataset": config.dataset, "dtype": config.dtype}
+    if (folder / "ckpt.pt").exists():  # an unfinished generator
+        checkpoint = load_checkpoint(folder, "generator")
+        settings = {**checkpoint["settings"], "resume": True}
+    else:
+        tokenizer = open_dataset(config.dataset).tokenizer
+        if tokenizer.is_pretrained:  # its model is the generator, as it is
+            settings.update(init_from=tokenizer.name, steps=0)
+    settings.update(out_dir=config.generator, device=config.device)
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    print("+ python generator.py", *options)
+    run_generator(GeneratorConfig(**settings))
+
+
+def add_defaults(config):
+    """Fill in the settings whose defaults depend on others."""
+    name = f"{config.dataset}-{config.regularizer}"
+    if config.p_source != "generator":
+        name += f"-{config.p_source}"
+    if config.prefix_reward != "last":
+        name += f"-{config.prefix_reward}"
+    return dataclasses.replace(
+        config,
+        generator=config.generator or f"out/{config.dataset}-generator",
+        out_dir=config.out_dir or f"out/{name}-seed{config.seed}",
+    )
 
 
 def main(config):
-    words = [config.dataset, config.regularizer, config.probs, config.readout, f"seed{config.seed}"]
-    name = "-".join(word for word in words if word not in ("generator", "last"))    # the paper's
-    config = dataclasses.replace(
-        config, generator=config.generator or f"out/{config.dataset}-generator",
-        out_dir=config.out_dir or f"out/{name}")
-    choose("regularizer", config.regularizer, REGULARIZERS)
-    choose("probs", config.probs, PROBS)
-    choose("readout", config.readout, READOUTS)
-    in_range(config, 1, 10**9, "steps", "batch_size", "log_interval", "eval_interval")
-    in_range(config, 0, 10**9, "seed", "learning_rate", "unfrozen", "lm_weight")
-    in_range(config, 0, 1, "reg_weight")
-    team, started = Team(config.device), time.time()
-    if config.batch_size % team.size:
-        raise UserError(f"--batch_size={config.batch_size} does not divide by {team.size}")
-    with team.first_alone():
-        obtain_inputs(config)
+    check_choice("regularizer", config.regularizer, REGULARIZERS)
+    check_choice("p_source", config.p_source, P_SOURCES)
+    check_choice("prefix_reward", config.prefix_reward, PREFIX_REWARDS)
+    check_range(config, 1, 10**9, "steps", "batch_size", "log_interval")
+    check_range(config, 1, 10**9, "eval_interval")
+    check_range(config, 0, 10**9, "seed", "learning_rate", "train_last_layers")
+    check_range(config, 0, 10**9, "lm_weight")
+    check_range(config, 0, 1, "reg_weight")
+    if config.batch_size % process_count():
+        raise UserError(
+            f"--batch_size={config.batch_size} must be a multiple of the "
+            f"{process_count()} processes"
+        )
+    config, started = add_defaults(config), time.time()
+    device_name = start_processes(config.device)
+    device = pick_device(device_name, config.deterministic)
+    if is_main_process():
+        prepare_inputs(config)
+    wait_for_processes()
     dataset = open_dataset(config.dataset)
     if not config.learning_rate:
-        rate = 3e-4 if dataset.tokenizer.pretrained else 2e-3
+        rate = 3e-4 if dataset.tokenizer.is_pretrained else 2e-3
         config = dataclasses.replace(config, learning_rate=rate)
-    probs = Probs(config.probs, dataset, config.generator)
-    model, val = train(config, dataset, probs, team)
-    if team.first:
-        results = evaluate_run(model, dataset, dataclasses.asdict(config), val)
-        write_json(Path(config.out_dir) / "eval.json", results)
-        print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json; {time.time() - started:.0f}s")
-    if team.size > 1:
-        dist.barrier()      # nobody leaves while the first one evaluates
+    probs = Probs(config.p_source, dataset, config.generator)
+    with lock(config.out_dir):
+        model, val_metrics = train(config, dataset, probs, device)
+        if is_main_process():
+            settings = dataclasses.asdict(config)
+            results = evaluate_run(model, dataset, settings, val_metrics)
+            write_json(Path(config.out_dir) / "eval.json", results)
+    seconds = time.time() - started
+    print(f"wrote {config.out_dir}/ckpt.pt, log.jsonl, eval.json in {seconds:.0f}s")
+    wait_for_processes()
+    if process_count() > 1:
         dist.destroy_process_group()
 
 

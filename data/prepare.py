@@ -1,261 +1,372 @@
-"""Make a dataset, data/NAME, of a JSONL file or of a published collection.
+"""Prepare a dataset, data/NAME, from a JSONL file or a published collection.
 
     python data/prepare.py --name=mine --input=FILE.jsonl --tokenizer=bpe:4096
-    python data/prepare.py --source=hh_rlhf                     downloads with `datasets`
-    python data/prepare.py --source=gsm8k --input=LOCAL.jsonl   a local copy of its raw rows
+    python data/prepare.py --source=hh_rlhf                     needs `datasets`
+    python data/prepare.py --source=gsm8k --input=LOCAL.jsonl   a local copy of its rows
     python train.py --dataset=mine
 
-A file holds pairs, labelled responses or candidates (data/pairs.py). A held-out prompt is nowhere
-in the training part; its candidates are kept as text too, for bon.py: data/NAME/candidates.jsonl.
-Benchmarks are only copied, to data/NAME/test.jsonl, for evaluate.py --as_dialogue=True.
+A file holds pairs, labelled responses or candidates (data/README.md). Prompts are split
+into training and held-out ones. Held-out candidates are also kept as text, for bon.py:
+data/NAME/candidates.jsonl. Benchmarks are only copied to data/NAME/test.jsonl, for
+evaluate.py --wrap_as_chat=True.
 """
+
 import json
 import math
 import re
 import shutil
 import sys
-import tempfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, choose, in_range, run_script
-from data import tokenizer as tokenizers
-from data.dataset import dataset_folder, listed, write_dataset
-from data.files import write_text
-from data.jsonl import check_left_out, lines_of, read_items
-from data.pairs import TURN, BadRow, is_list_of, is_number, parse_candidates, parse_pairs
+from common import (
+    UserError,
+    check_choice,
+    check_range,
+    lock,
+    run_script,
+    write_atomically,
+)
+from data.dataset import dataset_folder, format_counts, write_dataset
+from data.formats import (
+    TURN,
+    BadRow,
+    check_skipped,
+    is_list_of,
+    is_number,
+    parse_candidates,
+    parse_pairs,
+    read_items,
+    read_lines,
+)
+from data.tokenizer import make_tokenizer
+
+EMPTY = "a response that is empty, or neither correct nor incorrect"
+BYTES_IN_MEMORY = 10**8  # of text that a tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    name: str = ""              # the dataset's name: its folder under data/; empty: the source's
-    source: str = ""            # a published collection, a row of SOURCES; empty: your own file
-    input: str = ""             # a JSONL file (.gz is read too); empty: download the source
-    tokenizer: str = "gpt2"     # gpt2; bpe:SIZE, trained on the data; a pretrained model's folder
-    block_size: int = 1024      # most tokens of a prompt and its longer response
-    val_share: float = 0.0      # share of prompts held out; 0: the source's own, 0.1 of a file
-    every: int = 0              # keep every so many of the rows; 0: the source's own, 1 of a file
-    as_dialogue: bool = False   # write plain prompts as one Human turn
-    threshold: float = -math.inf    # labels from here on are correct; -inf: of two, the larger
-    skip_bad: bool = False      # go on where much of a file is left out
+    name: str = ""  # a folder under data/. empty: the name of the source
+    source: str = ""  # a published collection, a key of SOURCES. empty: your own file
+    input: str = ""  # a JSONL file (also .gz, or a pipe). empty: download the source
+    tokenizer: str = "gpt2"  # gpt2, bpe:SIZE (trained on the data), or a model's folder
+    block_size: int = 1024  # most tokens of a prompt and its longer response
+    val_share: float = 0.0  # of prompts held out. 0: the source's own, 0.1 of a file
+    subsample: int = 0  # keep every so many rows. 0: the source's own, 1 of a file
+    wrap_as_chat: bool = False  # turn plain prompts into one Human turn
+    threshold: float = -math.inf  # labels from here on are correct. -inf: the larger
+    max_bad_fraction: float = 0.05  # most rows of a file skipped for one reason
 
 
-EMPTY = "a response that is empty, or neither correct nor incorrect"
+# Published collections: a raw row -> a row that data/formats.py reads, or None --------
 
 
-# A raw row of a published collection -> a row as data/pairs.py describes, or None ---------------
-
-def from_hh(row):
-    """Two whole dialogues; they must not part before the last reply."""
+def convert_hh(row):
+    """Two complete conversations. They must not differ before the last response."""
     prompts = {str(row.get(key)).rpartition(TURN)[0] for key in ("chosen", "rejected")}
     if len(prompts) > 1 or "" in prompts:
-        raise BadRow("no two dialogues that part at the last reply")
+        raise BadRow("not two conversations that differ in the last response only")
     return row
 
 
-def from_unified(row):
-    """Two conversations: the better rated one is chosen, equal ones are not kept."""
+def convert_unified(row):
+    """Two conversations with ratings. Ties are not wanted."""
     ratings = row.get("conv_A_rating"), row.get("conv_B_rating")
-    if not all(map(is_number, ratings)):
-        raise BadRow("conv_A_rating or conv_B_rating is no number")
+    if not all(is_number(rating) for rating in ratings):
+        raise BadRow("conv_A_rating or conv_B_rating is not a number")
     if ratings[0] == ratings[1]:
         return None
-    better, worse = ("conv_A", "conv_B") if ratings[0] > ratings[1] else ("conv_B", "conv_A")
-    return {"chosen": row.get(better), "rejected": row.get(worse)}
+    chosen, rejected = row.get("conv_A"), row.get("conv_B")
+    if ratings[0] < ratings[1]:
+        chosen, rejected = rejected, chosen
+    return {"chosen": chosen, "rejected": rejected}
 
 
-def from_gsm8k(row):
-    """{'question', MODEL: {'solution', 'is_correct'}, ...}, or candidates; with final answers."""
-    found = row.get("responses")
-    if not is_list_of(dict, found):
-        found = [{"text": value.get("solution"), "correct": value.get("is_correct")}
-                 for value in row.values() if isinstance(value, dict)]
-    for one in found:       # the answer stands behind the last 'A:'
-        lines = re.findall(r"^A:\s*(\S.*)$", str(one.get("text")), flags=re.M) or ["none"]
-        one["answer"] = lines[-1].strip().replace(",", "").replace("$", "")
-    return {"prompt": row.get("question", row.get("prompt")), "responses": found}
+def convert_gsm8k(row):
+    """{'question', MODEL: {'solution', 'is_correct'}, ...}, or candidates.
+
+    The final answer is in the last line that begins with 'A:'.
+    """
+    responses = row.get("responses")
+    if not is_list_of(dict, responses):
+        responses = []
+        for value in row.values():
+            if isinstance(value, dict):
+                text, correct = value.get("solution"), value.get("is_correct")
+                responses.append({"text": text, "correct": correct})
+    for response in responses:
+        lines = re.findall(r"^A:\s*(\S.*)$", str(response.get("text")), flags=re.M)
+        answer = lines[-1].strip() if lines else "none"
+        response["answer"] = answer.replace(",", "").replace("$", "")
+    prompt = row.get("question", row.get("prompt"))
+    return {"prompt": prompt, "responses": responses}
 
 
 class Source(NamedTuple):
-    hub: str                    # its name on the hub, or what else its file is
-    options: dict | None        # of load_dataset; None: it is not on the hub
-    convert: Callable = dict    # one of the functions above; rows are well as they are
+    hub: str  # its name on the hub, or where its file is
+    options: dict | None  # of load_dataset. None: it is not on the hub
+    convert: Callable = dict  # one of the functions above
     val_share: float = 0.1
-    every: int = 1              # every so many of the rows are kept
-    benchmark: bool = False     # never trained on
+    subsample: int = 1
+    is_benchmark: bool = False  # never trained on
 
 
 SOURCES = {
-    "hh_rlhf": Source("Anthropic/hh-rlhf", {"data_dir": "harmless-base"}, from_hh),
-    # every 20th is the paper's 40K, --every=2 its 400K
-    "unified_feedback": Source("llm-blender/Unified-Feedback", {"name": "all"}, from_unified,
-                               0.02, 20),
+    "hh_rlhf": Source("Anthropic/hh-rlhf", {"data_dir": "harmless-base"}, convert_hh),
+    # Every 20th row is the paper's 40K, --subsample=2 its 400K.
+    "unified_feedback": Source(
+        "llm-blender/Unified-Feedback", {"name": "all"}, convert_unified, 0.02, 20
+    ),
     "skywork": Source("Skywork/Skywork-Reward-Preference-80K-v0.2", {}, val_share=0.02),
-    "gsm8k": Source("example_model_solutions.jsonl of github.com/openai/grade-school-math", None,
-                    from_gsm8k, 0.2),
-    "rewardbench": Source("allenai/reward-bench", {"split": "filtered"}, benchmark=True),
-    "rm_bench": Source("THU-KEG/RM-Bench", {}, benchmark=True),
+    "gsm8k": Source(
+        "example_model_solutions.jsonl of github.com/openai/grade-school-math",
+        None,
+        convert_gsm8k,
+        0.2,
+    ),
+    "rewardbench": Source(
+        "allenai/reward-bench", {"split": "filtered"}, is_benchmark=True
+    ),
+    "rm_bench": Source("THU-KEG/RM-Bench", {}, is_benchmark=True),
 }
 
 
 def download(source, path):
-    """Fetch a source from the hub, as a JSONL file."""
+    """Download a source from the hub and write it as a JSONL file."""
     if source.options is None:
-        raise UserError(f"name a file of {source.hub} with --input=FILE, or a collection that is "
-                        f"downloaded with --source=NAME ({', '.join(SOURCES)})")
+        raise UserError(
+            f"name a file of {source.hub} with --input=FILE, or a collection on the "
+            f"hub with --source=NAME ({', '.join(SOURCES)})"
+        )
     try:
         from datasets import load_dataset
-        load_dataset(source.hub, **{"split": "train", **source.options}).to_json(path)
-    except Exception as error:      # the package and the network fail in many ways
-        raise UserError(f"{source.hub} could not be downloaded ({type(error).__name__}); connect "
-                        "and `pip install datasets`, or name a copy with --input=FILE") from None
+
+        rows = load_dataset(source.hub, **{"split": "train", **source.options})
+        rows.to_json(path)
+    except Exception as error:  # the package and the network fail in many ways
+        raise UserError(
+            f"{source.hub} could not be downloaded ({type(error).__name__}). Install "
+            "`datasets` and connect, or name a copy with --input=FILE"
+        ) from None
 
 
-def items_of(config, source, path, left_out=None):
-    """Yield the items of every config.every-th row of a file."""
-    def parse(row, as_dialogue):
-        labelled = "chosen" not in row and ("responses" in row or "completion" in row)
-        return (parse_candidates if labelled else parse_pairs)(row, as_dialogue)
-
-    return read_items(path, parse, config.as_dialogue, left_out, config.skip_bad, source.convert,
-                      config.every)
+# Items -> rows of a dataset -----------------------------------------------------------
 
 
-def labels_of(config, source, path):
-    """What stands for incorrect and for correct: {number: 0 or 1}; every other one is left out."""
-    values = sorted({one for item in items_of(config, source, path) for one in item.correct})
+def parse_row(row, wrap_as_chat):
+    """Parse a row of pairs, labelled responses or candidates."""
+    is_labelled = "responses" in row or "completion" in row
+    if is_labelled and "chosen" not in row:
+        return parse_candidates(row, wrap_as_chat)
+    return parse_pairs(row, wrap_as_chat)
+
+
+def read_file(config, source, path, skipped=None, subsample=None):
+    """Yield the items of a file."""
+    return read_items(
+        path,
+        parse_row,
+        config.wrap_as_chat,
+        skipped,
+        config.max_bad_fraction,
+        source.convert,
+        subsample or config.subsample,
+    )
+
+
+def find_labels(config, source, path):
+    """Which label values mean incorrect and correct: {value: 0 or 1}. Skip the rest."""
+    distinct = set()
+    for item in read_file(config, source, path):
+        distinct.update(item.correct)
+    values = sorted(distinct)
     if config.threshold > -math.inf:
         return {value: int(value >= config.threshold) for value in values}
-    if len(values) > 2 and {0.0, 1.0} < set(values) and source.convert is not dict:
-        values = [0.0, 1.0]     # of a published collection the others are known to be neither
+    if len(values) > 2 and {0.0, 1.0} < distinct and source.convert is not dict:
+        values = [0.0, 1.0]  # published collections use others for unknown labels
     if len(values) > 2:
-        raise UserError(f"{path} has labels from {values[0]} to {values[-1]}; say from where on "
-                        "they are correct with --threshold=X")
-    found = dict(zip(values, (0, 1)))
+        raise UserError(
+            f"{path} has labels from {values[0]} to {values[-1]}. Set the smallest "
+            "label that means correct with --threshold=X"
+        )
     if len(values) == 2 and values != [0.0, 1.0]:
-        print(f"labels: {values[0]} is read as incorrect, {values[1]} as correct")
-    return found
+        print(f"labels: {values[0]} means incorrect, {values[1]} means correct")
+    return dict(zip(values, (0, 1)))
 
 
-class Splitter:
-    """Items -> rows of (split, prompt, first, second), and what was noticed on the way."""
+class RowMaker:
+    """Turns items into rows of (split, prompt, first response, second response).
 
-    def __init__(self, kind, share, labels):
-        self.kind, self.share, self.labels = kind, share, labels
-        self.held_out = []      # the candidates of held-out prompts, as lines
-        self.left_out, self.noticed, self.sides = Counter(), Counter(), Counter()
-        self.seen = set()       # hashes of rows
+    A labelled response is the first one if it is correct, else the second one.
+    """
 
-    def rows(self, items):
-        """A labelled response stands alone on its label's side."""
+    def __init__(self, kind, val_share, labels):
+        self.kind, self.val_share, self.labels = kind, val_share, labels
+        self.held_out = []  # candidates of held-out prompts, as JSON lines
+        self.skipped, self.notes, self.sides = Counter(), Counter(), Counter()
+        self.hashes = set()  # of rows
+
+    def make_rows(self, items):
         for item in items:
-            number = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass")) % 10000
-            split = "val" if number < self.share * 10000 else "train"   # by the prompt alone
+            # The split depends on the prompt alone.
+            digest = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass"))
+            split = "val" if digest % 10000 < self.val_share * 10000 else "train"
             if bool(item.correct) != (self.kind == "labels"):
-                raise UserError("a file holds pairs, or responses that are labelled, not both")
+                raise UserError("a file holds pairs or labelled responses, not both")
             if self.kind == "pairs":
-                yield self.look(split, item.prompt, *item.responses)
+                yield self.count(split, item.prompt, *item.responses)
             elif split == "val" and len(item.responses) > 1:
-                self.held_out.append(line_of(item))
+                self.held_out.append(format_candidates(item))
             for text, correct in zip(item.responses, item.correct):
-                side = self.labels.get(correct)
-                if text.strip() and side is not None:
-                    yield self.look(split, item.prompt, *((text, None) if side else (None, text)))
+                label = self.labels.get(correct)
+                if not text.strip() or label is None:
+                    self.skipped[EMPTY] += 1
+                elif label == 1:
+                    yield self.count(split, item.prompt, text, None)
                 else:
-                    self.left_out[EMPTY] += 1
+                    yield self.count(split, item.prompt, None, text)
 
-    def look(self, split, prompt, first, second):
-        """Count a row that stands there once more, and one whose opposite does; -> the row"""
-        this, opposite = hash((prompt, first, second)), hash((prompt, second, first))
-        self.noticed["rows that stand there once more"] += this in self.seen
-        self.noticed["rows whose opposite stands there too"] += opposite in self.seen
-        self.seen.add(this)
-        self.sides[split, first is None] += 1
+    def count(self, split, prompt, first, second):
+        """Count a row, and whether it or its opposite is there already."""
+        if hash((prompt, first, second)) in self.hashes:
+            self.notes["repeated rows"] += 1
+        if hash((prompt, second, first)) in self.hashes:
+            self.notes["rows that contradict another row"] += 1
+        self.hashes.add(hash((prompt, first, second)))
+        self.sides[split, first is not None] += 1
         return split, prompt, first, second
 
-    def finish(self, config, path, bad, folder):
-        """A UserError where too much was left out, or all labels of a split are of one kind; else
-        write the held-out candidates beside the tokens. bad: the rows that could not be read."""
-        count = self.sides.total() + self.left_out[EMPTY]
-        check_left_out(path, self.left_out, count, config.skip_bad)
-        self.left_out += bad
+    def check(self, config, path):
+        """Raise a UserError if nothing could be learned from the rows."""
+        n_rows = self.sides.total() + self.skipped[EMPTY]
+        check_skipped(path, self.skipped, n_rows, config.max_bad_fraction)
         for split in ("train", "val"):
-            if self.kind == "labels" and not all(self.sides[split, side] for side in (False, True)):
-                raise UserError(f"{path}: in {split} all labels are of one kind; nothing can be "
-                                "learned, or measured, of that")
-        if +self.noticed:
-            print(f"noticed in {path}: {listed(+self.noticed)}")
-        if self.held_out:
-            (folder / "candidates.jsonl").write_text("".join(self.held_out), encoding="utf-8")
+            both = self.sides[split, True] and self.sides[split, False]
+            if self.kind == "labels" and not both:
+                raise UserError(
+                    f"{path}: all responses of {split} have the same label. Nothing "
+                    "can be learned from that, or measured"
+                )
+        if self.notes:
+            print(f"{path}: {format_counts(self.notes)}")
 
 
-def line_of(item):
-    """The JSON line from which parse_candidates makes the same candidates."""
-    columns = filter(None, (item.responses, item.correct, item.answers))
-    responses = [dict(zip(("text", "correct", "answer"), values)) for values in zip(*columns)]
+def format_candidates(item):
+    """The JSON line that parse_candidates turns into the same item."""
+    responses = []
+    for i, text in enumerate(item.responses):
+        response = {"text": text, "correct": item.correct[i]}
+        if item.answers:
+            response["answer"] = item.answers[i]
+        responses.append(response)
     return json.dumps({"prompt": item.prompt, "responses": responses}) + "\n"
 
 
 def prepare(config, source, path):
-    bad = Counter()
-    items = items_of(config, source, path, bad)
+    """Write the dataset data/NAME."""
+    bad_rows, folder = Counter(), dataset_folder(config.name)
+    items = read_file(config, source, path, bad_rows)
     first = next(items)
-    kind, share = "labels" if first.correct else "pairs", config.val_share
-    if config.threshold > -math.inf and not first.correct:
-        raise UserError("--threshold is for labelled responses, and this file holds pairs")
-    labels = labels_of(config, source, path) if first.correct else {}
-    every = config.every * (1 + Path(path).stat().st_size // 10 ** 8)   # words must fit in memory
-    again = items_of(replace(config, every=every), source, path)
-    texts = (text for split, *texts in Splitter(kind, share, labels).rows(again)
-             if split == "train" for text in texts if text)
-    tokenizer = tokenizers.make(config.tokenizer, texts)    # gpt2 reads none
-    splitter = Splitter(kind, share, labels)
-    write_dataset(dataset_folder(config.name), splitter.rows(chain([first], items)),
-                  ("train", "val"), tokenizer, config.block_size, kind, splitter.left_out,
-                  partial(splitter.finish, config, path, bad),
-                  source=config.source or config.input, val_share=share, every=config.every,
-                  noticed=splitter.noticed)
+    kind, labels = "pairs", {}
+    if first.correct:
+        kind, labels = "labels", find_labels(config, source, path)
+    elif config.threshold > -math.inf:
+        raise UserError("--threshold needs labelled responses. This file has pairs")
+
+    def train_texts():
+        subsample = config.subsample
+        subsample *= 1 + Path(path).stat().st_size // BYTES_IN_MEMORY
+        items = read_file(config, source, path, subsample=subsample)
+        for split, *texts in RowMaker(kind, config.val_share, labels).make_rows(items):
+            if split == "train":
+                yield from filter(None, texts)
+
+    tokenizer = make_tokenizer(config.tokenizer, train_texts())  # gpt2 reads none
+    maker = RowMaker(kind, config.val_share, labels)
+
+    def checked_rows():
+        yield from maker.make_rows(chain([first], items))
+        maker.check(config, path)
+        maker.skipped.update(bad_rows)
+
+    write_dataset(
+        folder,
+        checked_rows(),
+        ("train", "val"),
+        tokenizer,
+        config.block_size,
+        kind,
+        maker.skipped,
+        source=config.source or config.input,
+        val_share=config.val_share,
+        subsample=config.subsample,
+        notes=maker.notes,
+    )
+    candidates = folder / "candidates.jsonl"
+    candidates.unlink(missing_ok=True)
+    if maker.held_out:
+        write_text(candidates, "".join(maker.held_out))
 
 
-def local_copy(config, folder):
-    """The file to read, twice: a pipe is copied first; no file of the dataset's own folder."""
-    path = Path(config.input)
-    if dataset_folder(config.name).resolve() in path.resolve().parents:
-        raise UserError(f"{path} lies in the folder that is written; move it elsewhere first")
-    if path.exists() and not path.is_file() and not path.is_dir():
-        path = Path(folder) / "rows.jsonl"
-        with open(config.input, "rb") as source, open(path, "wb") as target:
-            shutil.copyfileobj(source, target)
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def copy_pipe(config, path):
+    """The file to read twice: a pipe is copied beside the dataset first."""
+    source = Path(config.input)
+    if path.parent.resolve() in source.resolve().parents:
+        raise UserError(f"{source} is in the folder to write. Move it elsewhere first")
+    if not source.exists() or source.is_file() or source.is_dir():
+        return source
+    with open(source, "rb") as pipe, open(path, "wb") as file:
+        shutil.copyfileobj(pipe, file)
     return path
 
 
 def main(config):
     if config.source:
-        choose("source", config.source, SOURCES)
-    source = SOURCES.get(config.source, Source("your own", None))
-    config = replace(config, name=config.name or config.source, every=config.every or source.every,
-                     val_share=config.val_share or source.val_share)
-    in_range(config, 0, 1, "val_share")
-    in_range(config, -math.inf, math.inf, "threshold")      # not a number is refused
-    in_range(config, 1, 10**6, "every", "block_size")
+        check_choice("source", config.source, SOURCES)
+    source = SOURCES.get(config.source, Source("your own file", None))
+    config = replace(
+        config,
+        name=config.name or config.source,
+        subsample=config.subsample or source.subsample,
+        val_share=config.val_share or source.val_share,
+    )
+    check_range(config, 0, 1, "val_share", "max_bad_fraction")
+    check_range(config, -math.inf, math.inf, "threshold")  # refuses NaN
+    check_range(config, 1, 10**6, "subsample", "block_size")
     if config.name == "toy":
-        raise UserError("'toy' is made by data/toy/prepare.py; choose another --name")
-    with tempfile.TemporaryDirectory() as folder:
-        path = local_copy(config, folder) if config.input else Path(folder) / "rows.jsonl"
-        if not config.input:
-            download(source, path)
-        if not source.benchmark:
-            return prepare(config, source, path)
-        pairs = sum(1 for _ in read_items(path, parse_pairs, True, Counter(), True))
-        target = dataset_folder(config.name) / "test.jsonl"
-        write_text(target, "\n".join(lines_of(path)))
-        print(f"wrote {target}: {pairs} pairs")
+        raise UserError("'toy' is made by data/toy.py. Choose another --name")
+    if "/" in config.tokenizer or Path(config.tokenizer).is_dir():
+        from pretrained.weights import check_config
+
+        check_config(config.tokenizer)
+    folder = dataset_folder(config.name)
+    temporary = folder / "rows.jsonl.tmp"  # a download, or the copy of a pipe
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        path = temporary
+        if config.input:
+            path = copy_pipe(config, temporary)
+        else:
+            download(source, temporary)
+        if not source.is_benchmark:
+            prepare(config, source, path)
+            return
+        n_pairs = sum(1 for _ in read_items(path, parse_pairs, True, Counter(), 1.0))
+        with lock(folder):
+            write_text(folder / "test.jsonl", "\n".join(read_lines(path)))
+        print(f"wrote {folder}/test.jsonl: {n_pairs} pairs")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

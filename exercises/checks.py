@@ -1,10 +1,11 @@
-"""The properties that a task must have, in float64 and against slow twins: what grade.py runs.
+"""What the solution of a task must do, checked in float64. grade.py runs this file.
 
-    cd COPY; python .../exercises/checks.py TASK FILE      writes into FILE why it fails, or nothing
+    cd COPY && python .../exercises/checks.py TASK FILE
 
-The copy's functions of the task are checked; all others are this folder's, so that one mistake does
-not cost two tasks.
+Writes into FILE why the points are lost, or nothing. Functions of other tasks are those
+of this folder, so that one mistake does not cost two tasks.
 """
+
 import importlib
 import importlib.util
 import itertools
@@ -16,232 +17,296 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tasks import EXPERIMENT, ROOT, TASKS
 
 NAN = math.nan
+LENGTHS = (5, 2, 3, 6)  # of the responses of two pairs, chosen ones first
 
 
-class Lost(Exception):
-    """Why the points of a task are lost."""
+class PointsLost(Exception):
+    """args[0] says why."""
 
 
-def expect(right, why):
-    if not right:
-        raise Lost(why)
+def expect(condition, reason):
+    if not condition:
+        raise PointsLost(reason)
 
 
-def near(a, b, why):
-    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    expect(a.shape == b.shape, f"{why}: the shape is {tuple(a.shape)}, not {tuple(b.shape)}")
-    expect(torch.allclose(a, b, rtol=1e-9, atol=1e-9), why)
+def expect_close(value, expected, reason):
+    value = torch.as_tensor(value, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    shapes = tuple(value.shape), tuple(expected.shape)
+    expect(shapes[0] == shapes[1], f"{reason}: shape {shapes[0]}, not {shapes[1]}")
+    expect(torch.allclose(value, expected, rtol=1e-9, atol=1e-9), reason)
 
 
-def batch(dirty=True, seed=0, lengths=(5, 2, 3, 6)):
-    """Two pairs: rewards, probs and mask, with NaN where nothing is."""
-    rng = torch.Generator().manual_seed(seed)
-    rewards = torch.randn(len(lengths), 7, generator=rng, dtype=torch.float64)
-    probs = torch.rand(len(lengths), 6, generator=rng, dtype=torch.float64)
-    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
-    if dirty:
-        rewards = torch.where(mask, rewards, NAN)
-        probs = torch.where(mask[:, 1:], probs, NAN)
-    return rewards, probs, mask, lengths
+def make_batch(padding=NAN):
+    """rewards (4, 7), probs (4, 6) and mask (4, 7) of two pairs."""
+    rng = torch.Generator().manual_seed(0)
+    rewards = torch.randn(4, 7, generator=rng, dtype=torch.float64)
+    probs = torch.rand(4, 6, generator=rng, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
+    rewards = torch.where(mask, rewards, padding)
+    return rewards, torch.where(mask[:, 1:], probs, padding), mask
 
 
-def values(rewards, lengths):
-    """z of every token of the response i, by Eq. 4: a list for each row."""
-    B, z = len(lengths) // 2, []
-    for i, length in enumerate(lengths):
-        other = (i + B) % (2 * B)
-        mean = sum(rewards[other][:lengths[other]].tolist()) / max(1, lengths[other])
-        sign = 1 if i < B else -1
-        z.append([1 / (1 + math.exp(-sign * (r - mean))) for r in rewards[i][:length].tolist()])
-    return z
+def slow_values(rewards):
+    """z of every response token, by Eq. 4: a list for each row."""
+    values = []
+    for row, length in enumerate(LENGTHS):
+        other = (row + 2) % 4
+        opposing = rewards[other, : LENGTHS[other]].tolist()
+        mean, own = sum(opposing) / len(opposing), []
+        for reward in rewards[row, :length].tolist():
+            z = 1 / (1 + math.exp(mean - reward))
+            own.append(z if row < 2 else 1 - z)
+        values.append(own)
+    return values
 
 
-def task_1(module):
-    _, _, mask, lengths = batch()
-    expected = [[t + 1 < length for t in range(6)] for length in lengths]
-    found = module.link_mask(mask)
-    expect(found.dtype == torch.bool, "link_mask is not of True and False")
-    expect(found.tolist() == expected, "a link needs both its ends, t and t+1, inside the response")
+def transitions():
+    """(row, t) of every transition."""
+    for row, length in enumerate(LENGTHS):
+        for t in range(length - 1):
+            yield row, t
+
+
+def gradient_of(output, inputs):
+    return torch.autograd.grad(output, inputs)[0]
+
+
+# Tasks --------------------------------------------------------------------------------
+
+
+def check_task_1(module):
+    _, _, mask = make_batch()
+    expected = [[t + 1 < length for t in range(6)] for length in LENGTHS]
+    result = module.transition_mask(mask)
+    expect(result.dtype == torch.bool, "transition_mask does not return booleans")
+    reason = "a transition needs both its tokens, t and t+1, inside the response"
+    expect(result.tolist() == expected, reason)
     gap = torch.tensor([[True, True, False], [False, True, False]])
-    expect(module.link_mask(gap).tolist() == [[True, False], [False, False]],
-           "a link needs both its ends, t and t+1, inside the response")
+    expected = [[True, False], [False, False]]
+    expect(module.transition_mask(gap).tolist() == expected, reason)
+
     x = torch.tensor([[1.0, 3.0, NAN], [NAN, 5.0, NAN]]).double()
     mask = torch.tensor([[True, True, False], [False, True, False]])
-    expect(torch.isfinite(module.masked_mean(x, mask)), "what is masked out came through: NaN "
-           "times 0 is NaN")
-    near(module.masked_mean(x, mask), 3.0, "masked_mean is not the mean of what is marked")
-    near(module.masked_mean(x, mask, dim=1), [2.0, 5.0], "masked_mean of each row (dim=1)")
-    near(module.masked_mean(x, ~mask & False), 0.0, "masked_mean is not 0 where nothing is marked")
+    mean = module.masked_mean(x, mask)
+    expect(mean.isfinite(), "masked entries are used. NaN times 0 is NaN")
+    expect_close(mean, 3.0, "masked_mean is not the mean where mask is True")
+    by_row = module.masked_mean(x, mask, dim=1)
+    expect_close(by_row, [2.0, 5.0], "masked_mean of each row (dim=1)")
+    nowhere = torch.zeros_like(mask)
+    reason = "masked_mean is not 0 where no entry is True"
+    expect_close(module.masked_mean(x, nowhere), 0.0, reason)
     x.requires_grad_()
-    gradient, = torch.autograd.grad(module.masked_mean(x, mask), x)
-    near(gradient, mask.double() / 3, "what is masked out must have no gradient, not even NaN")
+    gradient = gradient_of(module.masked_mean(x, mask), x)
+    reason = "masked entries must have gradient 0, not NaN"
+    expect_close(gradient, mask.double() / 3, reason)
 
 
-def task_2(module):
-    rewards, _, mask, lengths = batch()
-    logits, expected = module.value_logits(rewards, mask), values(rewards, lengths)
-    near(logits.shape, mask.shape, "the shape of value_logits")
-    expect(torch.isfinite(logits).all(), "what is masked out may be NaN, and no logit is")
-    for i, row in enumerate(expected):
-        found = logits[i, :lengths[i]]
-        expect(not np.allclose(found.detach(), row), "this is z itself, and its logit is asked for")
-        near(torch.sigmoid(found), row, "sigma of what is returned is not z: chosen z_t = sigma("
-             "r_t - mean of the rejected response), rejected z_t = 1 - sigma(r_t - mean of the "
-             "chosen one), row i of B against row B + i, means over real tokens alone")
+def check_task_2(module):
+    rewards, _, mask = make_batch()
+    logits = module.value_logits(rewards, mask)
+    expect(logits.shape == mask.shape, "value_logits has another shape than mask")
+    expect(logits.isfinite().all(), "logits must be finite, also on padding")
+    for row, values in enumerate(slow_values(rewards)):
+        own = logits[row, : LENGTHS[row]]
+        expect(not np.allclose(own, values), "this is z, but the task is its logit")
+        expect_close(
+            torch.sigmoid(own),
+            values,
+            "sigma of the result is not z. Row i is compared with row B + i. The mean "
+            "is over the tokens of the other response. Rejected: 1 - sigma",
+        )
     rewards.requires_grad_()
-    gradient, = torch.autograd.grad(module.value_logits(rewards, mask)[mask].sum(), rewards)
+    gradient = gradient_of(module.value_logits(rewards, mask)[mask].sum(), rewards)
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0]).double()[:, None] * mask
-    near(gradient * ~mask, 0.0 * signs, "a gradient, or NaN, reaches the padding")
-    near(gradient, signs, "a gradient reaches the opponent's mean, where the stop-gradient stands, "
-         "or none reaches r_t, where none stands")
+    expect_close(gradient * ~mask, 0.0 * signs, "gradient, or NaN, on the padding")
+    reason = "the mean needs a stop-gradient, and r_t needs a gradient"
+    expect_close(gradient, signs, reason)
 
 
-def task_3(module):
-    rewards, probs, mask, lengths = batch()
-    z, links = values(rewards, lengths), sum(length - 1 for length in lengths)
-    p, penalty, scale = probs.tolist(), 0.0, 0.0
-    weights, gradient = torch.zeros(4, 7).double(), torch.zeros(4, 7).double()
-    for i, t in ((i, t) for i, length in enumerate(lengths) for t in range(length - 1)):
-        a, b = z[i][t], z[i][t + 1]
-        penalty -= p[i][t] * (b * math.log(a) + a * math.log(b)) / links
-        scale += p[i][t] * (a + b) / links
-        weights[i, t] += p[i][t] * b
-        weights[i, t + 1] += p[i][t] * a
-    for i, t in ((i, t) for i, length in enumerate(lengths) for t in range(length)):
-        gradient[i, t] = (-1 if i < 2 else 1) * weights[i, t] * (1 - z[i][t]) / links
+def check_task_3(module):
+    rewards, probs, mask = make_batch()
+    z, n = slow_values(rewards), len(list(transitions()))
+    penalty = scale = 0.0
+    weights = torch.zeros(4, 7).double()
+    for row, t in transitions():
+        p, before, after = probs[row, t].item(), z[row][t], z[row][t + 1]
+        penalty -= p * (after * math.log(before) + before * math.log(after)) / n
+        scale += p * (before + after) / n
+        weights[row, t] += p * after
+        weights[row, t + 1] += p * before
+    gradient = torch.zeros(4, 7).double()
+    for row, length in enumerate(LENGTHS):
+        for t in range(length):
+            gradient[row, t] = weights[row, t] * (1 - z[row][t]) / n
+            if row < 2:
+                gradient[row, t] *= -1
     rewards.requires_grad_()
-    found, its_scale = module.icrm(rewards, probs, mask)
-    expect(isinstance(its_scale, torch.Tensor), "icrm returns two numbers, penalty and scale")
-    near(found, penalty, "the penalty is the mean over links of 2 p_t l_t, p_t of token t+1")
-    near(its_scale, scale, "the scale is the mean over links of 2 p_t (z_t + z_t+1) / 2")
-    expect(not its_scale.requires_grad, "the scale carries a gradient; it is only measured")
-    its_gradient = torch.autograd.grad(found, rewards)[0]
-    expect(torch.isfinite(its_gradient).all(), "the gradient is NaN: what is masked out of rewards "
-           "or probs may be NaN, and takes part")
-    near(its_gradient, gradient, "the gradient: in each of the two terms z "
-         "stands still (sg) and log z moves")
+    own_penalty, own_scale = module.icrm(rewards, probs, mask)
+    reason = "icrm returns two scalars, penalty and scale"
+    expect(isinstance(own_scale, torch.Tensor), reason)
+    reason = (
+        "the penalty is the mean over transitions of 2 p_t l_t. p_t is of token t+1"
+    )
+    expect_close(own_penalty, penalty, reason)
+    reason = "the scale is the mean over transitions of 2 p_t (z_t + z_t+1) / 2"
+    expect_close(own_scale, scale, reason)
+    expect(not own_scale.requires_grad, "the scale must have no gradient")
+    own_gradient = gradient_of(own_penalty, rewards)
+    expect(own_gradient.isfinite().all(), "the gradient is NaN. Padding may be NaN")
+    reason = "the gradient: in both terms z has a stop-gradient and log z has none"
+    expect_close(own_gradient, gradient, reason)
     large = (1e4 * rewards.detach()).requires_grad_()
-    penalty = module.icrm(large, probs, mask)[0]
-    expect(torch.isfinite(penalty) and torch.isfinite(torch.autograd.grad(penalty, large)[0]).all(),
-           "rewards of 10,000 make it infinite: log sigma in one step is F.logsigmoid")
-    near(module.label_weights(rewards, probs, mask), weights, "w_t = p_t-1 z_t-1 + p_t z_t+1")
-    expect(not module.label_weights(rewards, probs, mask).requires_grad, "w_t stands still (sg)")
+    penalty, _ = module.icrm(large, probs, mask)
+    is_finite = penalty.isfinite() and gradient_of(penalty, large).isfinite().all()
+    expect(is_finite, "not finite for rewards of 10,000. Use F.logsigmoid")
+    own_weights = module.label_weights(rewards, probs, mask)
+    expect_close(own_weights, weights, "w_t = p_t-1 z_t-1 + p_t z_t+1")
+    expect(not own_weights.requires_grad, "w_t must have a stop-gradient")
 
 
-def task_4(module):
-    rewards, probs, mask, lengths = batch()
+def check_task_4(module):
+    rewards, probs, mask = make_batch()
     probs = torch.where(mask[:, 1:], 0.5 + probs / 2, NAN)
-    z, links = values(rewards, lengths), sum(length - 1 for length in lengths)
-    terms = [max(0.0, abs(z[i][t] - z[i][t + 1]) - (1 - probs[i, t].item())) ** 2
-             for i, length in enumerate(lengths) for t in range(length - 1)]
+    z, terms = slow_values(rewards), []
+    for row, t in transitions():
+        gap = abs(z[row][t] - z[row][t + 1])
+        terms.append(max(0.0, gap - (1 - probs[row, t].item())) ** 2)
     rewards.requires_grad_()
-    found, scale = module.gap_bound(rewards, probs, mask)
-    near(found, sum(terms) / links, "mean over links of max(0, |z_t - z_t+1| - (1 - p_t))^2")
-    expect(scale is None, "the bound needs no scale")
-    gradient, = torch.autograd.grad(found, rewards)
-    expect(torch.isfinite(gradient).all(), "the gradient is finite, also beside padding")
-    ends = torch.tensor([[2.0, -2.0], [0.0, 0.0]]).double().requires_grad_()
-    term, _ = module.gap_bound(ends, torch.ones(2, 1).double(), torch.ones(2, 2).bool())
-    up, down = torch.autograd.grad(term, ends)[0][0]
-    expect(up > 0 > down, "both ends of a link must move")
+    penalty, scale = module.gap_bound(rewards, probs, mask)
+    reason = "mean over transitions of max(0, |z_t - z_t+1| - (1 - p_t))^2"
+    expect_close(penalty, sum(terms) / len(terms), reason)
+    expect(scale is None, "the bound has no scale")
+    gradient = gradient_of(penalty, rewards)
+    expect(gradient.isfinite().all(), "the gradient must be finite, also on padding")
+    pair = torch.tensor([[2.0, -2.0], [0.0, 0.0]]).double().requires_grad_()
+    ones = torch.ones(2, 1).double(), torch.ones(2, 2).bool()
+    up, down = gradient_of(module.gap_bound(pair, *ones)[0], pair)[0]
+    expect(up > 0 > down, "both values of a transition must get gradient")
 
 
-def task_5(module):
-    probs = object.__new__(module.Probs)
+def check_task_5(module):
     rng = np.random.default_rng(0)
-    table = [list(rng.random((2, 30), np.float32)) for _ in range(200)]
+    pairs = [list(rng.random((2, 30), np.float32)) for _ in range(200)]
 
-    class Split:
-        def of_responses(self, array, i):
-            return table[i]
+    class FakeSplit:
+        def response_values(self, array, i):
+            return pairs[i]
 
-    probs.split, probs.array = Split(), None
-    probs.kind = "generator"
-    expect(all(map(np.array_equal, probs[0], table[0])), "the generator's p is p as it is")
-    probs.kind = "uniform"
-    expect(all((one == 1).all() and len(one) == len(p) for i in range(9)
-               for one, p in zip(probs[i], table[i], strict=True)), "uniform: 1 on every token")
-    probs.kind = "shuffled"
-    correlations, orders = [], set()
-    for i, parts in enumerate(table):
-        for side, (one, p) in enumerate(zip(probs[i], parts, strict=True)):
-            expect(np.array_equal(one, probs[i][side]), "a shuffle is drawn once: the same again")
-            expect(one[0] == p[0], "the first token has no link; it stays where it is")
-            expect(sorted(one) == sorted(p), "a shuffle keeps the values of its own response")
-            correlations.append(np.corrcoef(one[1:], p[1:])[0, 1])
-            orders.add(tuple(map(p.tolist().index, one.tolist())))
-    expect(abs(np.mean(correlations)) < 0.05, "it is no shuffle: it correlates with p itself")
-    expect(len(orders) == 400, "every response has a permutation of its own")
+    probs = object.__new__(module.Probs)
+    probs.split, probs.array, probs.p_source = FakeSplit(), None, "generator"
+    is_same = all(map(np.array_equal, probs[0], pairs[0]))
+    expect(is_same, "generator: p must be the stored one")
+    probs.p_source = "uniform"
+    for i in range(9):
+        for own, p in zip(probs[i], pairs[i], strict=True):
+            expect((own == 1).all() and len(own) == len(p), "uniform: 1 at every token")
+    probs.p_source = "shuffled"
+    correlations, permutations = [], set()
+    for i, pair in enumerate(pairs):
+        for side, (own, p) in enumerate(zip(probs[i], pair, strict=True)):
+            reason = "shuffled: the same permutation whenever it is read"
+            expect(np.array_equal(own, probs[i][side]), reason)
+            expect(own[0] == p[0], "shuffled: the first token's p stays in place")
+            expect(sorted(own) == sorted(p), "shuffled: keep the response's own values")
+            correlations.append(np.corrcoef(own[1:], p[1:])[0, 1])
+            permutations.add(tuple(p.tolist().index(value) for value in own.tolist()))
+    expect(abs(np.mean(correlations)) < 0.05, "shuffled: correlated with p itself")
+    expect(len(permutations) == 400, "shuffled: every response its own permutation")
 
 
-def task_6(bon, dpo):
+def check_task_6(bon, dpo):
     rng = np.random.default_rng(0)
     for rewards in (rng.normal(size=6), [1, 2, 2, 0, 2, 1], [3] * 6):
-        worth = rng.normal(size=6)
+        gold_scores = rng.normal(size=6)
         for n in range(1, 7):
-            slow = []
+            subset_scores = []
             for subset in itertools.combinations(range(6), n):
                 best = max(rewards[i] for i in subset)
-                slow.append(np.mean([worth[i] for i in subset if rewards[i] == best]))
-            near(bon.best_of_n(rewards, worth, n), np.mean(slow), "best_of_n is the mean over all "
-                 "subsets of n, without replacement; equal rewards share")
-    margin = torch.tensor([0.3, -2.0, 5.0]).double()
-    slow = sum(math.log(1 + math.exp(-0.7 * m)) for m in margin.tolist()) / 3
-    near(dpo.dpo_loss(margin, 0.7), slow, "dpo_loss: the mean of -log sigma(beta margin)")
-    expect(torch.isfinite(dpo.dpo_loss(-1e4 * margin, 1.0)), "dpo_loss of a large margin is finite")
+                tied = [gold_scores[i] for i in subset if rewards[i] == best]
+                subset_scores.append(np.mean(tied))
+            expect_close(
+                bon.best_of_n(rewards, gold_scores, n),
+                np.mean(subset_scores),
+                "best_of_n is the mean over all subsets of n candidates, drawn without "
+                "replacement. Equal rewards share",
+            )
+    margins = torch.tensor([0.3, -2.0, 5.0]).double()
+    losses = [math.log(1 + math.exp(-0.7 * margin)) for margin in margins.tolist()]
+    reason = "dpo_loss is the mean of -log sigma(beta * margin)"
+    expect_close(dpo.dpo_loss(margins, 0.7), np.mean(losses), reason)
+    loss = dpo.dpo_loss(-1e4 * margins, 1.0)
+    expect(loss.isfinite(), "dpo_loss must be finite for large margins")
 
 
-def task_7(module):
-    rewards, probs, mask, _ = batch(dirty=False)
-    dirty, dirty_probs, _, _ = batch()
-    found, scale = module.quiet(rewards, probs, mask)
-    expect(found.shape == () and torch.isfinite(found), "the penalty is one finite number")
-    expect(scale is None or scale.shape == () and not scale.requires_grad, "the scale: None or one "
-           "number without gradient")
-    before = dirty.clone(), dirty_probs.clone()
-    dirty.requires_grad_()
-    again, _ = module.quiet(dirty, dirty_probs, mask)
-    near(again, found, "what stands in the padding, NaN for one, changes nothing")
-    gradient, = torch.autograd.grad(again, dirty)
-    expect(torch.isfinite(gradient).all() and (gradient[~mask] == 0).all(), "padding has no "
-           "gradient, and nothing has an infinite one")
-    expect((gradient != 0).any(), "nothing moves: the gradient is 0 everywhere")
-    for a, b in zip(before, (dirty, dirty_probs)):
-        expect(torch.equal(a.nan_to_num(-9), b.nan_to_num(-9)), "an input was changed in place")
-    a, b, c, d = (module.quiet(rewards * torch.tensor([[i], [j], [i], [j]]), probs, mask)[0]
-                  for i, j in ((1, 1), (2, 1), (1, 2), (2, 2)))
-    near(b - a, d - c, "what one pair adds depends on its batch-mates")
-    other, _ = module.quiet(rewards, probs.roll(1, 1), mask)
-    expect((other - found).abs() > 1e-12, "it does not depend on p")
-    wide = [torch.nn.functional.pad(x, (0, 3), value=NAN) for x in (dirty.detach(), dirty_probs)]
-    near(module.quiet(*wide, torch.nn.functional.pad(mask, (0, 3)))[0], found,
-         "longer padding changes nothing")
-    large = (1e4 * rewards).requires_grad_()
-    module.quiet(large, probs, mask)[0].backward()
-    expect(torch.isfinite(large.grad).all(), "rewards of 10,000 have a finite gradient")
+def check_task_7(module):
+    penalize = module.reward_smoothness
+    clean_rewards, clean_probs, mask = make_batch(padding=0.0)
+    rewards, probs, _ = make_batch()
+    penalty, scale = penalize(clean_rewards, clean_probs, mask)
+    is_scalar = penalty.shape == () and penalty.isfinite()
+    expect(is_scalar, "the penalty must be one finite number")
+    is_valid = scale is None or (scale.shape == () and not scale.requires_grad)
+    expect(is_valid, "the scale must be None, or one number without gradient")
+    rewards_before, probs_before = rewards.clone(), probs.clone()
+    rewards.requires_grad_()
+    with_nan, _ = penalize(rewards, probs, mask)
+    expect_close(with_nan, penalty, "padding, which may be NaN, changes the result")
+    gradient = gradient_of(with_nan, rewards)
+    is_valid = gradient.isfinite().all() and (gradient[~mask] == 0).all()
+    expect(is_valid, "the gradient must be finite, and 0 on padding")
+    expect((gradient != 0).any(), "the gradient is 0 everywhere")
+    for before, after in ((rewards_before, rewards), (probs_before, probs)):
+        is_same = torch.equal(before.nan_to_num(-9), after.nan_to_num(-9))
+        expect(is_same, "an input was changed in place")
+
+    def penalty_with(first_factor, second_factor):
+        factors = [first_factor, second_factor] * 2  # for the two pairs
+        scaled = clean_rewards * torch.tensor(factors).double()[:, None]
+        return penalize(scaled, clean_probs, mask)[0]
+
+    change = penalty_with(2, 1) - penalty_with(1, 1)
+    other_change = penalty_with(2, 2) - penalty_with(1, 2)
+    expect_close(change, other_change, "a pair's penalty depends on the other pair")
+    other, _ = penalize(clean_rewards, clean_probs.roll(1, 1), mask)
+    expect((other - penalty).abs() > 1e-12, "the penalty does not depend on p")
+    padded = [F.pad(x, (0, 3), value=NAN) for x in (rewards.detach(), probs)]
+    longer, _ = penalize(*padded, F.pad(mask, (0, 3)))
+    expect_close(longer, penalty, "longer padding changes the result")
+    large = (1e4 * clean_rewards).requires_grad_()
+    gradient = gradient_of(penalize(large, clean_probs, mask)[0], large)
+    expect(gradient.isfinite().all(), "not finite for rewards of 10,000")
 
 
-def task_8():
+def check_task_8():
     path = Path(EXPERIMENT)
-    expect(path.is_file(), f"{EXPERIMENT} is missing; make it with exercises/experiment.py")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    differences = np.array(found["differences"], dtype=float)
-    expect(len(differences) == len(set(found["draws"])) >= 5, "five draws or more, each once")
-    expect(np.isfinite(differences).all() and differences.std() > 0, "a difference for each draw")
-    mean, half = found["mean"], found["half_width"]
-    near([mean, half], original("benchmarks").mean_and_half_width(differences), "the mean of the "
-         "differences and half its 95% t interval")
-    expect(found["beats"] is bool(mean - half > 0), "it beats the other where the interval lies "
-           "above 0, and only there")
+    reason = f"{EXPERIMENT} is missing. Make it with exercises/experiment.py"
+    expect(path.is_file(), reason)
+    report = json.loads(path.read_text(encoding="utf-8"))
+    differences = np.array(report["differences"], dtype=float)
+    n_seeds = len(set(report["seeds"]))
+    expect(len(differences) == n_seeds >= 5, "at least five different seeds")
+    is_valid = np.isfinite(differences).all() and differences.std() > 0
+    expect(is_valid, "one difference for every seed")
+    mean, half_width = report["mean"], report["half_width"]
+    expected = original_module("lab/intervals").mean_and_half_width(differences)
+    reason = "the mean of the differences, and half the width of its 95% t interval"
+    expect_close([mean, half_width], expected, reason)
+    is_honest = report["is_better"] is bool(mean - half_width > 0)
+    expect(is_honest, "it is better only if the whole interval is above 0")
 
 
-def original(name):
+# Running a task -----------------------------------------------------------------------
+
+
+def original_module(name):
     """A module of this folder, whatever the copy has."""
-    path = ROOT / f"{name.replace('.', '/')}.py"
+    path = ROOT / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"original_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -249,30 +314,35 @@ def original(name):
     return module
 
 
-def copies_of(task):
-    """The copy's modules that a task is about, with this folder's functions for all other ones."""
+def load_copy(task):
+    """The copy's modules of a task, with this folder's functions for other tasks."""
     sys.path.insert(0, str(Path.cwd()))
-    every = {about for one in TASKS.values() for about in one.functions}
-    modules = {name: importlib.import_module(name) for name, _ in TASKS[task].functions}
-    for name, function in every.difference(TASKS[task].functions):
-        if name in modules:
-            setattr(modules[name], function, getattr(original(name), function))
+    modules = {}
+    for name, _ in TASKS[task].functions:
+        modules[name] = importlib.import_module(name)
+    for number, other_task in TASKS.items():
+        for name, function in other_task.functions:
+            if number != task and name in modules:
+                original = getattr(original_module(name), function)
+                setattr(modules[name], function, original)
     return modules.values()
 
 
-def main(task, said):
+def main(task, verdict):
     torch.manual_seed(0)
     try:
-        globals()[f"task_{task}"](*copies_of(task))
-        why = ""
-    except Lost as lost:
-        why = str(lost)
-    except Exception as error:      # a student's code may fail in any way
-        frames = traceback.extract_tb(error.__traceback__)
-        where = [f" ({frame.name}, line {frame.lineno} of {Path(frame.filename).name})"
-                 for frame in frames[1:] if str(Path.cwd()) in frame.filename]
-        why = f"{type(error).__name__}: {error}" + "".join(where[-1:])
-    Path(said).write_text(why, encoding="utf-8")
+        globals()[f"check_task_{task}"](*load_copy(task))
+        reason = ""
+    except PointsLost as lost:
+        reason = str(lost)
+    except Exception as error:  # a student's code may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        for frame in traceback.extract_tb(error.__traceback__)[1:]:
+            if str(Path.cwd()) in frame.filename:
+                file = Path(frame.filename).name
+                place = f" ({frame.name}, line {frame.lineno} of {file})"
+                reason = f"{type(error).__name__}: {error}{place}"
+    Path(verdict).write_text(reason, encoding="utf-8")
 
 
 if __name__ == "__main__":

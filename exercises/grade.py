@@ -1,11 +1,13 @@
-"""Grade a student's copy: points by task, and why one was lost.
+"""Grade students' copies: points for each task, and why points were lost.
 
     python exercises/grade.py                   this folder
-    python exercises/grade.py FOLDER [FOLDER]   one copy or many
+    python exercises/grade.py FOLDER [FOLDER]   one or more copies
 
-Each task is checked by a process of its own, with a time limit, against the functions of this
-folder: a mistake costs the points of its own task and no others. Writes FOLDER/grade.json.
+Each task is checked in a process of its own, with a time limit. Functions of other
+tasks are replaced by this folder's, so a mistake only costs the points of its own task.
+Writes FOLDER/grade.json.
 """
+
 import json
 import os
 import subprocess
@@ -15,44 +17,56 @@ from pathlib import Path
 
 from tasks import ROOT, TASKS
 
-SECONDS = 30        # for a task
+SECONDS = 30  # for a task
 
 
 def check(folder, task):
-    """-> '' or why the task's points are lost, in words."""
-    with tempfile.TemporaryDirectory() as place:
-        said = Path(place) / "said"
+    """Why the points of a task are lost, or ''."""
+    with tempfile.TemporaryDirectory() as temporary:
+        verdict = Path(temporary) / "verdict"
+        script = ROOT / "exercises" / "checks.py"
         try:
-            subprocess.run([sys.executable, ROOT / "exercises" / "checks.py", str(task), said],
-                           cwd=folder, timeout=SECONDS, capture_output=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                [sys.executable, script, str(task), verdict],
+                cwd=folder,
+                timeout=SECONDS,
+                capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
         except subprocess.TimeoutExpired:
             return f"it takes longer than {SECONDS} seconds"
-        return said.read_text(encoding="utf-8") if said.exists() else "the process ended early"
+        if not verdict.exists():
+            return "the process ended early"
+        return verdict.read_text(encoding="utf-8")
 
 
 def grade(folder):
-    """Print and write the points of a copy; -> their sum"""
-    lost = {task: check(folder, task) for task in TASKS}
-    points = {task: 0 if lost[task] else TASKS[task].points for task in TASKS}
-    for task, about in TASKS.items():
-        print(f"{task}. {about.title:55}{points[task]:4d} of {about.points}"
-              + f"\n   {lost[task]}" * bool(lost[task]))
-    if folder == ROOT and (lost[1] or lost[2]):
-        print("In a copy of one's own, tasks 3, 4 and 7 build on 1 and 2: mend those first.")
+    """Print and write the points of a copy."""
+    points, reasons, possible = {}, {}, 0
+    for number, task in TASKS.items():
+        reasons[number] = check(folder, number)
+        points[number] = 0 if reasons[number] else task.points
+        possible += task.points
+        print(f"{number}. {task.title:55}{points[number]:4d} of {task.points}")
+        if reasons[number]:
+            print(f"   {reasons[number]}")
+    if folder == ROOT and (reasons[1] or reasons[2]):
+        print(
+            "In your own copy, tasks 3, 4 and 7 use tasks 1 and 2. Solve those first."
+        )
     total = sum(points.values())
-    print(f"{folder}: {total} of {sum(task.points for task in TASKS.values())}\n")
-    text = json.dumps({"total": total, "points": points, "lost": lost}, indent=1)
-    (folder / "grade.json").write_text(text + "\n", encoding="utf-8")
-    return total
+    print(f"{folder}: {total} of {possible}\n")
+    results = {"total": total, "points": points, "lost": reasons}
+    text = json.dumps(results, indent=1) + "\n"
+    (folder / "grade.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    others = []
+    not_copies = []
     for name in sys.argv[1:] or [str(ROOT)]:
         if (Path(name) / "regularizer.py").is_file():
             grade(Path(name).resolve())
         else:
-            others.append(name)
-    if others:
-        sys.exit(f"error: no copy of the project: {', '.join(others)}")
+            not_copies.append(name)
+    if not_copies:
+        sys.exit(f"error: not a copy of the project: {', '.join(not_copies)}")

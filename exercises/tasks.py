@@ -1,7 +1,8 @@
-"""The tasks of the course, and the marks between which a student's copy is blank.
+"""The tasks of the course, and how a student's copy is made blank.
 
-A task's text is the source itself: what stands between `# task N` and `# end`.
+A task's solution is the source itself: what stands between `# task N` and `# end`.
 """
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,34 +13,46 @@ EXPERIMENT = "exercises/experiment.json"
 class Task(NamedTuple):
     points: int
     title: str
-    functions: tuple    # (file, name), which are blank in a student's copy
+    functions: tuple  # (module, name) of what is blank in a student's copy
 
 
 TASKS = {
-    1: Task(10, "link mask and masked mean",
-            (("regularizer", "masked_mean"), ("regularizer", "link_mask"))),
-    2: Task(10, "the value of a prefix and its stop-gradient (Eq. 4)",
-            (("regularizer", "value_logits"),)),
-    3: Task(20, "the paper's loss, by links and as weights of the label",
-            (("regularizer", "icrm"), ("regularizer", "label_weights"))),
+    1: Task(
+        10,
+        "transition mask and masked mean",
+        (("regularizer", "masked_mean"), ("regularizer", "transition_mask")),
+    ),
+    2: Task(
+        10,
+        "the value of a prefix and its stop-gradient (Eq. 4)",
+        (("regularizer", "value_logits"),),
+    ),
+    3: Task(
+        20,
+        "the paper's loss, and its weights per token",
+        (("regularizer", "icrm"), ("regularizer", "label_weights")),
+    ),
     4: Task(10, "the gap bound", (("regularizer", "gap_bound"),)),
-    5: Task(10, "p: uniform and shuffled", (("data.probs", "Probs.__getitem__"),)),
+    5: Task(10, "p: uniform and shuffled", (("generator", "Probs.__getitem__"),)),
     6: Task(15, "best-of-n and DPO", (("bon", "best_of_n"), ("dpo", "dpo_loss"))),
-    7: Task(15, "a regularizer of your own", (("regularizer", "quiet"),)),
+    7: Task(15, "a regularizer of your own", (("regularizer", "reward_smoothness"),)),
     8: Task(10, "an experiment, honestly reported", ()),
 }
 
 
-def blank(text):
-    """Source code without what stands between the marks of tasks."""
-    lines, task = [], None
-    for line in text.splitlines(keepends=True):
+def remove_solutions(source):
+    """Source code in which every task's lines raise NotImplementedError instead."""
+    lines, inside_task = [], False
+    for line in source.splitlines(keepends=True):
         mark = line.strip()
-        if mark.startswith("# task "):
-            task = int(mark.removeprefix("# task "))
-            lines.append(line + line.partition("#")[0]
-                         + f'raise NotImplementedError("task {task}: {TASKS[task].title}")\n')
-        if task is None or mark == "# end":
+        if mark == "# end":
+            inside_task = False
+        if not inside_task:
             lines.append(line)
-            task = None
+        if mark.startswith("# task "):
+            inside_task = True
+            number = int(mark.removeprefix("# task "))
+            indent = line.partition("#")[0]
+            message = f"task {number}: {TASKS[number].title}"
+            lines.append(f'{indent}raise NotImplementedError("{message}")\n')
     return "".join(lines)

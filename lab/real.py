@@ -1,299 +1,435 @@
-"""Real labels and a real instruct model: what the arms are worth on HH-RLHF.
+"""The study on real preference pairs: a pretrained model, HH-RLHF and four benchmarks.
 
-    python lab/real.py --name=harmless --pairs=A --rm_bench=B --candidates=C --steps=D
-    python lab/real.py --tables=True        print the tables of lab/real.jsonl; nothing is trained
+    python lab/real.py --results=out/real.jsonl --name=harmless --pairs=A \\
+        --rm_bench=B --candidates=C --steps=D    run what is missing there
+    python lab/real.py --tables=True             print the tables of stored runs
 
-The last blocks of a pretrained model are trained on pairs by `python train.py`; what lies below is
-read once. A run is measured on held-out pairs, on RM-Bench, by what it picks of candidates, whole
-or half-written, and by the first wrong steps it finds; if lab/real.jsonl has it, it's not repeated.
+`python train.py` trains the last blocks of a pretrained model on the pairs. Every run
+is measured on held-out pairs, RM-Bench, selection among candidates, and the first wrong
+steps of solutions. A finished run is one line of the results, with the outcome of every
+case, and is not repeated. lab/real.jsonl holds runs of the second edition.
 """
+
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import HERE, UserError, autocast, in_range, pick_device, run_other, run_script
+from common import UserError, autocast, check_range, lock, run_script
 import numpy as np
 
-from benchmarks import best_threshold, first_below, mean_and_half_width
+from benchmarks.first_error import best_threshold, first_below
 from bon import halve
-from data.dataset import chunks, open_array, open_dataset, write_array
-from data.files import fingerprint, load_checkpoint, read_records, write_records
-from data.frozen import states_of, store_states
-from data.jsonl import read_candidate_rows, read_pair_rows, read_step_rows
-from data.rows import Row
+from data.dataset import dataset_folder, open_dataset
+from data.formats import read_candidates, read_pairs, read_steps
 from evaluate import load_reward_model, score
-from lab.study import USES_P, run_all
-from model import frozen_language_model
+from lab.intervals import mean_and_half_width
+from lab.runs import (
+    EDITION,
+    append_record,
+    check_edition,
+    markdown_table,
+    read_records,
+    run_command,
+    run_jobs,
+)
+from lab.study import USES_P
 
-RESULTS = HERE / "lab" / "real.jsonl"
 SEEDS = (0, 1, 2)
-CANDIDATES = 150        # of the prompts with candidates, the first so many
-HALVE = (20, 40)        # response tokens after which half of the candidates are dropped
-# Chosen on a third of the training prompts alone (lab/README.md).
-UNFROZEN, TRAINING = 3, dict(steps=45, batch_size=32, learning_rate=3e-4, lm_weight=0.0)
-SCRATCH = dict(n_layer=30, n_head=9, n_embd=576)    # about the pretrained one's size
+N_CANDIDATE_SETS = 150  # the first so many prompts of the file
+HALVING_LENGTHS = (20, 40)
+TRAINING = {  # chosen on a third of the training prompts
+    "train_last_layers": 3,
+    "steps": 45,
+    "eval_interval": 45,
+    "batch_size": 32,
+    "learning_rate": 3e-4,
+    "lm_weight": 0.0,
+}
 
 
 @dataclass(frozen=True)
 class RealConfig:
-    init_from: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder, or owner/model on the hub
+    results: str = "lab/real.jsonl"  # one line per finished run
+    init_from: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder, or owner/model
     name: str = "harmless"  # of the pairs, and of the dataset made of them
-    pairs: str = ""         # JSONL of pairs; a fifth of the prompts is held out
-    rm_bench: str = ""      # JSONL of RM-Bench's pairs
-    candidates: str = ""    # JSONL of prompts with correct and incorrect responses
-    steps: str = ""         # JSONL of solutions in steps, with the first wrong one
-    dtype: str = "auto"     # auto (bfloat16 on CUDA), float32, bfloat16
-    workers: int = 2        # runs at a time, one thread each
-    tables: bool = False    # print the tables of lab/real.jsonl and train nothing
+    pairs: str = ""  # JSONL of pairs. A fifth of the prompts is held out
+    rm_bench: str = ""  # JSONL of RM-Bench's pairs
+    candidates: str = ""  # JSONL of prompts with correct and incorrect responses
+    steps: str = ""  # JSONL of solutions in steps, with the first wrong one
+    dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
+    workers: int = 2  # runs at a time, one thread each
+    tables: bool = False  # print the tables of the results, and run nothing
 
 
 class Arm(NamedTuple):
-    """One way to train a reward model."""
-    readout: str = "last"
+    """One way to train a reward model, or another judge of the same cases."""
+
+    prefix_reward: str = "last"
     regularizer: str = "none"
     reg_weight: float = 0.5
-    probs: str = "generator"
-    generator: str = "pretrained"   # or scratch: all blocks trained, from random weights
-
-    @property
-    def name(self):
-        return "-".join(map(str, self))
+    p_source: str = "generator"
+    generator: str = "pretrained"  # or scratch: from random weights (second edition)
 
 
-WAYS = (("none",), ("icrm",), ("icrm", 0.1), ("icrm", 0.5, "uniform"), ("dense_bt",),
-        ("icrm_gap_bound",))
-ARMS = [Arm(readout, *way) for readout in ("last", "sum", "mean") for way in WAYS]
-ARMS.append(Arm(generator="scratch"))
-FIRST = [*ARMS[:6], Arm("sum"), Arm("mean"), Arm("sum", "icrm")]    # on which most depends
-JUDGES = ("length", "chance")   # to compare with: the longer one, a random reward
-# What is measured, and the highest digit that a case has in lab/real.jsonl.
-MEASURES = {"held out": 1, "RM-Bench": 9, "RM-Bench hard": 3, "best of 4": 1, "halving": 1,
-            "first error": 1, "none before it": 1, "largest drop": 1}
-# The columns of each table; F1 is of both shares before it.
-TABLES = {"Pairs and candidates": [*MEASURES][:5],
-          "First wrong steps": ["first error", "none before it", "F1", "largest drop"]}
+LENGTH = Arm("", "length", 0.0, "", "")
+RANDOM = Arm("", "random", 0.0, "", "")
+JUDGES = [LENGTH, RANDOM]
+BASELINE, SCRATCH = Arm("last"), Arm("last", generator="scratch")
+ARMS = []
+for prefix_reward in ("last", "sum", "mean"):
+    ARMS += [
+        Arm(prefix_reward),
+        Arm(prefix_reward, "icrm"),
+        Arm(prefix_reward, "icrm", reg_weight=0.1),
+        Arm(prefix_reward, "icrm", p_source="uniform"),
+        Arm(prefix_reward, "dense_bt"),
+        Arm(prefix_reward, "icrm_gap_bound"),
+    ]
 
 
-# What is measured --------------------------------------------------------------------------------
-
-def with_states(rows, trunk, folder, dtype):
-    """Rows with the hidden states below the trained blocks, kept by a fingerprint of both."""
-    sizes = [row.size for row in rows]
-    which = fingerprint(dtype, *(part for row in rows for part in (row.prompt, *row.responses)))
-    path = folder / f"{which[:16]}-below-{trunk.frozen}.npy"
-    if not path.exists():
-        write_array(path, (sum(sizes), trunk.config.n_embd), "<f2", states_of(trunk, rows))
-    parts = np.split(open_array(path), np.cumsum(sizes)[:-1])
-    return [row._replace(below=part) for row, part in zip(rows, parts)]
+# Measuring ----------------------------------------------------------------------------
 
 
-def three_by_three(rows):
-    """RM-Bench's nine pairs of a prompt -> a Row of its chosen and rejected ones, by style."""
-    chosen = [row.responses[0] for row in rows[::3]]
-    rejected = [row.responses[1] for row in rows[:3]]
-    return Row(rows[-1].prompt, (*chosen, *rejected))
+class Benchmarks:
+    """The cases that every run is measured on.
+
+    A method that measures returns one small whole number per case (COLUMNS).
+    """
+
+    def __init__(self, config, dataset):
+        arguments = dataset.tokenizer, dataset.block_size, True
+        self.pairs = list(dataset.split("val"))
+        self.rm_bench, self.rm_bench_pairs, _ = read_pairs(config.rm_bench, *arguments)
+        items, examples, _ = read_candidates(config.candidates, *arguments)
+        self.candidates = examples[:N_CANDIDATE_SETS]
+        self.correct = [item.correct for item in items]
+        items, self.solutions, self.step_ends = read_steps(config.steps, *arguments)
+        self.first_errors = np.array([item.first_error for item in items])
+        numbers = {}
+        for item in items:
+            numbers.setdefault(item.prompt, len(numbers))
+        self.halves = np.array([numbers[item.prompt] % 2 for item in items])
+
+    def evaluate(self, compute_rewards):
+        """compute_rewards: Examples -> prefix rewards, in the shape of `score`'s.
+
+        Returns {measure: the outcomes of its cases, one digit each, as text}.
+        """
+        held_out = []
+        for chosen, rejected in compute_rewards(self.pairs):
+            held_out.append(chosen[-1] > rejected[-1])
+        wins, hard_wins = Counter(), Counter()  # of the nine pairs of a prompt
+        rewards = compute_rewards(self.rm_bench_pairs)
+        for item, (chosen, rejected) in zip(self.rm_bench, rewards):
+            chosen_style, rejected_style = item.cell
+            won = int(chosen[-1] > rejected[-1])
+            wins[item.prompt] += won
+            if chosen_style < rejected_style:
+                hard_wins[item.prompt] += won
+        best, halving = [], []
+        for rewards, correct in zip(compute_rewards(self.candidates), self.correct):
+            best.append(correct[halve(rewards, ())[0]])
+            halving.append(correct[halve(rewards, HALVING_LENGTHS)[0]])
+        step_rewards = []
+        for (rewards,), ends in zip(compute_rewards(self.solutions), self.step_ends):
+            step_rewards.append(rewards[[0, *ends]])
+        cases = {
+            "held_out": held_out,
+            "rm_bench": wins.values(),
+            "rm_bench_hard": hard_wins.values(),
+            "best_of_4": best,
+            "halving": halving,
+            **self.find_errors(step_rewards),
+        }
+        results = {}
+        for name, outcomes in cases.items():
+            results[name] = "".join(str(int(outcome)) for outcome in outcomes)
+        return results
+
+    def find_errors(self, step_rewards):
+        """Outcomes of the search for the first wrong step. All solutions have one.
+
+        step_rewards: for each solution, the rewards at its first token and at the end
+            of every step
+        first_error        the first step below a threshold is the wrong one
+        none_before_error  no step before the wrong one is below the threshold, for
+            solutions with such steps
+        largest_drop       the reward falls most at the wrong step
+        The threshold for one half of the prompts is chosen on the other half, where
+        the steps before the first wrong one serve as correct solutions.
+        """
+        rewards = [solution[1:] for solution in step_rewards]
+        thresholds = [self.choose_threshold(rewards, half) for half in (1, 0)]
+        found_error, none_before_error, largest_drop = [], [], []
+        for i, error in enumerate(self.first_errors):
+            predicted = first_below(rewards[i], thresholds[self.halves[i]])
+            found_error.append(predicted == error)
+            if error > 0:
+                none_before_error.append(predicted < 0 or predicted >= error)
+            largest_drop.append(np.argmin(np.diff(step_rewards[i])) == error)
+        return {
+            "first_error": found_error,
+            "none_before_error": none_before_error,
+            "largest_drop": largest_drop,
+        }
+
+    def choose_threshold(self, rewards, half):
+        """The best threshold on one half of the prompts."""
+        solutions, errors = [], []
+        for i in np.flatnonzero(self.halves == half):
+            error = self.first_errors[i]
+            solutions.append(rewards[i])
+            errors.append(error)
+            if error > 0:
+                solutions.append(rewards[i][:error])
+                errors.append(-1)
+        return best_threshold(solutions, errors)
 
 
-class Measures:
-    """The rows that every run is measured on, with the states below the trained blocks."""
-
-    def __init__(self, config):
-        folder, dataset = folder_of(config, "pretrained"), open_dataset(config.name)
-        checkpoint = load_checkpoint(folder, "generator")
-        if checkpoint["settings"]["init_from"] != config.init_from:     # a namesake
-            raise UserError(f"{folder} is of {checkpoint['settings']['init_from']}; move it away")
-        trunk = frozen_language_model(checkpoint).model.to(pick_device("auto"))
-        trunk.freeze(len(trunk.layers) - UNFROZEN)
-        self.frozen, split = trunk.frozen, dataset.split("val")
-        split.below = store_states(trunk, dataset, ("train", "val"), folder)["val"]
-        self.pairs = [split[i] for i in range(len(split))]
-        about = dataset.tokenizer, dataset.block_size, True     # plain prompts are dialogues
-        below = trunk, folder, config.dtype
-        items, rows, _ = read_pair_rows(config.rm_bench, *about)
-        if [item.cell for item in items] != [*product(range(3), repeat=2)] * (len(rows) // 9):
-            raise UserError(f"{config.rm_bench}: a prompt has not nine pairs")
-        self.styles = with_states([three_by_three(some) for some in chunks(rows, 9)], *below)
-        self.items, rows, _ = read_candidate_rows(config.candidates, *about)
-        self.candidates = with_states(rows[:CANDIDATES], *below)
-        self.solutions, rows, self.ends = read_step_rows(config.steps, *about)
-        self.steps = with_states(rows, *below)
-
-    def of(self, rewards_of):
-        """The rewards of rows by a judge (a function) -> a digit of each case of each measure."""
-        final = np.array([[r[-1] for r in some] for some in rewards_of(self.styles)])
-        won = final[:, :3, None] > final[:, None, 3:]       # (prompts, chosen, rejected style)
-        wins, hard = (some.sum((1, 2)) for some in (won, np.triu(won, 1)))
-        rewards = rewards_of(self.candidates)
-        picks = [[int(item.correct[halve(some, places)[0]]) for item, some in
-                  zip(self.items, rewards)] for places in ((), HALVE)]
-        hits = [int(a[-1] > b[-1]) for a, b in rewards_of(self.pairs)]
-        steps = [r[[0, *at]] for (r,), at in zip(rewards_of(self.steps), self.ends)]
-        spent = [halve(some, HALVE)[1] / sum(map(len, some)) for some in rewards]
-        digits = dict(zip(MEASURES, (hits, wins, hard, *picks, *self.find_errors(steps))))
-        return {"spent": float(np.mean(spent))} | {
-            name: "".join(map(str, values)) for name, values in digits.items()}
-
-    def find_errors(self, rewards):
-        """Rewards of wrong solutions, at their first token and behind every step -> digits:
-        whether the first step below a threshold is the first wrong one; where there are steps
-        before that one (a right solution, if an unfinished one), whether none of them is below;
-        whether the reward falls most at that step. The threshold of one half of the prompts is
-        chosen on the other half."""
-        falls, rewards = map(list, zip(*((np.argmin(np.diff(r)), r[1:]) for r in rewards)))
-        prompts = {item.prompt: i % 2 for i, item in enumerate(self.solutions)}
-        half = np.array([prompts[item.prompt] for item in self.solutions])
-        errors = np.array([item.first_error for item in self.solutions])
-        first = np.zeros(len(half), int)
-        for part in (0, 1):
-            others = [(r, error) for r, error, i in zip(rewards, errors, half) if i != part]
-            others += [(r[:error], -1) for r, error in others if error > 0]
-            threshold = best_threshold(*zip(*others))
-            for i in np.flatnonzero(half == part):
-                first[i] = first_below(rewards[i], threshold)
-        before = ((first < 0) | (first >= errors))[errors > 0]
-        return [digits.astype(int) for digits in (first == errors, before, falls == errors)]
+def judge_rewards(judge, seed, examples):
+    """The rewards of LENGTH (the number of tokens) or RANDOM."""
+    rng, results = np.random.default_rng(seed), []
+    for example in examples:
+        rewards = []
+        for response in example.responses:
+            if judge == RANDOM:
+                rewards.append(rng.random(len(response)))
+            else:
+                rewards.append(np.arange(len(response)))
+        results.append(rewards)
+    return results
 
 
-def run_as_judge(model, whole, rows):
-    """A trained model's rewards; whole: all blocks were trained, so they are read."""
-    return score(model, [row._replace(below=None) for row in rows] if whole else rows)
+# Runs ---------------------------------------------------------------------------------
 
 
-def as_judge(name, seed, rows):
-    """The rewards of one of JUDGES."""
-    rng = np.random.default_rng(seed)
-    return [[rng.random(len(one)) if name == "chance" else np.arange(len(one))
-             for one in row.responses] for row in rows]
+def generator_folder(config):
+    return Path("out/real") / config.name / Path(config.init_from).name
 
 
-# Runs --------------------------------------------------------------------------------------------
+def training_settings(config):
+    """The settings of train.py that are not fields of an arm."""
+    generator = str(generator_folder(config))
+    return {**TRAINING, "dtype": config.dtype, "generator": generator}
 
-def folder_of(config, name):
-    model = name if name == "scratch" else Path(config.init_from).name
-    return Path(f"out/real/{config.name}/{model}")
 
-
-def make_generator(config, name):
-    """One of the two models to start from, where it is not there yet."""
-    folder = folder_of(config, name)
-    how = SCRATCH if name == "scratch" else {"init_from": config.init_from}
+def prepare(config):
+    """Make the dataset, and store the pretrained model's p, unless they exist."""
+    if not (dataset_folder(config.name) / "dataset.json").exists():
+        settings = {"name": config.name, "input": config.pairs, "val_share": 0.2}
+        run_command("data/prepare.py", tokenizer=config.init_from, **settings)
+    folder = generator_folder(config)
     if not (folder / "p.json").exists():
-        run_other("generator.py", dataset=config.name, out_dir=folder, steps=0,
-                  dtype=config.dtype, **how)
+        settings = {"dataset": config.name, "out_dir": folder, "dtype": config.dtype}
+        run_command("generator.py", init_from=config.init_from, steps=0, **settings)
 
 
-def settings_of(config, arm):
-    """What of an arm's training is not its name."""
-    whole = arm.generator == "scratch"
-    return TRAINING | {"unfrozen": 0 if whole else UNFROZEN, "dtype": config.dtype,
-                       "generator": str(folder_of(config, arm.generator))}
-
-
-def run(config, measures, job):
-    """Train and measure one arm with one seed; its checkpoint is not kept.  -> what was measured"""
-    arm, seed = job
-    folder = Path(f"out/real/{config.name}/{arm.name}-seed{seed}")
-    how = settings_of(config, arm)
-    make_generator(config, arm.generator)
-    run_other("train.py", quiet=True, dataset=config.name, out_dir=folder, seed=seed,
-              eval_interval=10**6, recompute=not how["unfrozen"], **arm._asdict() | how)
+def run_arm(config, benchmarks, arm, seed):
+    """Train and measure one arm, and yield its record. The checkpoint is deleted."""
+    name = "-".join(str(part) for part in arm)
+    folder = Path("out/real") / config.name / f"{name}-seed{seed}"
+    settings = {**arm._asdict(), **training_settings(config), "seed": seed}
+    run_command("train.py", dataset=config.name, out_dir=folder, **settings)
     model, _, _ = load_reward_model(folder, "auto")
-    model.model.frozen = measures.frozen
-    with autocast(pick_device("auto"), config.dtype):
-        numbers = measures.of(partial(run_as_judge, model, not how["unfrozen"]))
+    with autocast(model.device, config.dtype):
+        results = benchmarks.evaluate(partial(score, model))
     (folder / "ckpt.pt").unlink()
-    return [{"pairs": config.name, "arm": arm.name, "seed": seed, "how": how, **numbers}]
+    yield make_record(config, arm, seed, training_settings(config), results)
 
 
-def to_do(config, runs):
-    """The (arm, seed) that have no run yet; one of other settings is refused."""
-    known = {(one["arm"], one["seed"]): one["how"] for one in runs if one["pairs"] == config.name}
-    jobs = [*product(dict.fromkeys([*FIRST, *ARMS[:-1]]), SEEDS), (ARMS[-1], SEEDS[0])]
-    for arm, seed in jobs:
-        if known.get((arm.name, seed), settings_of(config, arm)) != settings_of(config, arm):
-            raise UserError(f"{RESULTS} has {arm.name} with other settings; take it out there")
-    return [(arm, seed) for arm, seed in jobs if (arm.name, seed) not in known]
+def make_record(config, arm, seed, settings, results):
+    return {
+        "edition": EDITION,
+        "pairs": config.name,
+        "seed": seed,
+        **arm._asdict(),
+        "settings": settings,
+        **results,
+    }
 
 
-# Tables ------------------------------------------------------------------------------------------
+def find_jobs(config, records):
+    """[(arm, seed), ...] without a record. Judges are not among them."""
+    results, jobs = index_records(records, config.name), []
+    settings = training_settings(config)
+    for arm in ARMS:
+        for seed in SEEDS:
+            record = results.get((arm, seed))
+            if record is None:
+                jobs.append((arm, seed))
+            elif record["settings"] != settings:
+                raise UserError(
+                    f"{config.results} has runs with other settings. Name another "
+                    "file with --results=FILE"
+                )
+    return jobs
 
-def shares(runs, arm, name):
-    """What was measured of an arm with each seed, from 0 to 1 for each case.  -> (seeds, cases)"""
-    digits = [list(map(int, runs[arm, seed][name])) for seed in SEEDS if (arm, seed) in runs]
-    return np.array(digits) / MEASURES[name]
+
+def run_study(config):
+    path = Path(config.results)
+    records = read_records(path)
+    check_edition(path, records)
+    prepare(config)
+    benchmarks = Benchmarks(config, open_dataset(config.name))
+    results = index_records(records, config.name)
+    for judge in JUDGES:
+        for seed in SEEDS:
+            if (judge, seed) not in results:
+                measured = benchmarks.evaluate(partial(judge_rewards, judge, seed))
+                append_record(path, make_record(config, judge, seed, {}, measured))
+    jobs = find_jobs(config, records)
+    run_jobs(partial(run_arm, config, benchmarks), jobs, path, config.workers)
 
 
-def cell(runs, arm, base, name):
-    """An arm's mean, and its difference to the base ± half a 95% interval over cases (pairs or
-    prompts), the seeds' mean of each, ± over seeds."""
-    mine, its = (shares(runs, one, name) for one in (arm, base))
-    mean = f"{mine.mean():.3f}"
-    if arm == base or not 1 < len(mine) == len(its):
+# Tables -------------------------------------------------------------------------------
+
+INTRODUCTION = """A cell is the mean over three seeds. In parentheses is a difference,
+with half of its 95% interval over cases, and then over seeds. A case is the mean of its
+seeds. A regularizer is compared with `none` and its prefix reward. All other rows are
+compared with the first one. The judge `length` prefers the longer response, and
+`random` has random rewards. Start: the pretrained model, or random weights (scratch,
+one seed, all blocks trained).
+"""
+COLUMNS = {  # key of a record -> highest number of a case, column, explanation
+    "held_out": (1, "held out", "accuracy on pairs of other prompts"),
+    "rm_bench": (9, "RM-Bench", "accuracy on its chat subset, 9 pairs per prompt"),
+    "rm_bench_hard": (
+        3,
+        "RM-Bench hard",
+        "the pairs in which the chosen response has the plainer style",
+    ),
+    "best_of_4": (1, "best of 4", "how often the selected one of 4 answers is correct"),
+    "halving": (1, "halving", "the same, half is dropped after 20 and after 40 tokens"),
+    "first_error": (
+        1,
+        "first error",
+        "how often the first step below a threshold is the first wrong one",
+    ),
+    "none_before_error": (
+        1,
+        "none before",
+        "how often no step before the first wrong one is below the threshold",
+    ),
+    "f1": (1, "F1", "harmonic mean of the two columns before, ± over seeds"),
+    "largest_drop": (
+        1,
+        "largest drop",
+        "how often the reward falls most at the first wrong step",
+    ),
+}
+TABLES = {
+    "Pairs and candidates": [
+        "held_out",
+        "rm_bench",
+        "rm_bench_hard",
+        "best_of_4",
+        "halving",
+    ],
+    "First wrong steps": ["first_error", "none_before_error", "f1", "largest_drop"],
+}
+
+
+def index_records(records, pairs):
+    """{(arm, seed): record} of one set of pairs."""
+    results = {}
+    for record in records:
+        if record["pairs"] == pairs:
+            arm = Arm(*(record[field] for field in Arm._fields))
+            results[arm, record["seed"]] = record
+    return results
+
+
+def read_cases(results, arm, column):
+    """The outcome of every case, from 0 to 1. -> (seeds, cases)"""
+    cases = []
+    for seed in SEEDS:
+        if (arm, seed) in results:
+            cases.append([int(digit) for digit in results[arm, seed][column]])
+    return np.array(cases) / COLUMNS[column][0]
+
+
+def format_cell(results, arm, base, column):
+    """The mean, and its difference to the base with two halves of a 95% interval.
+
+    The first one is over cases (each one the mean of its seeds), the second one over
+    seeds.
+    """
+    if column == "f1":
+        return format_f1(results, arm)
+    cases, base_cases = (
+        read_cases(results, arm, column),
+        read_cases(results, base, column),
+    )
+    mean = f"{cases.mean():.3f}"
+    if arm == base or len(cases) < 2 or len(cases) != len(base_cases):
         return mean
-    by_case = 1.96 * (mine - its).mean(0).std(ddof=1) / np.sqrt(mine.shape[1])
-    difference, by_seed = mean_and_half_width((mine - its).mean(1))
-    return f"{mean} ({difference:+.3f} ± {by_case:.3f} ± {by_seed:.3f})"
+    differences = cases - base_cases  # (seeds, cases)
+    by_case = differences.mean(0)
+    half_width = 1.96 * by_case.std(ddof=1) / np.sqrt(len(by_case))
+    difference, seed_half_width = mean_and_half_width(differences.mean(1))
+    return f"{mean} ({difference:+.3f} ± {half_width:.3f} ± {seed_half_width:.3f})"
 
 
-def f1_cell(runs, arm):
-    """ProcessBench's F1 of an arm, its mean ± half a 95% interval over seeds."""
-    both = (shares(runs, arm, name).mean(1).tolist() for name in ("first error", "none before it"))
-    scores = list(map(harmonic_mean, zip(*both)))       # of each seed
-    if len(scores) < 2:
+def format_f1(results, arm):
+    """ProcessBench's F1: the mean over seeds, and half of its 95% interval."""
+    found = read_cases(results, arm, "first_error").mean(1).tolist()
+    none_before = read_cases(results, arm, "none_before_error").mean(1).tolist()
+    scores = [harmonic_mean(pair) for pair in zip(found, none_before)]
+    if len(scores) == 1:
         return f"{scores[0]:.3f}"
-    return "{:.3f} ± {:.3f}".format(*mean_and_half_width(scores))
+    mean, half_width = mean_and_half_width(scores)
+    return f"{mean:.3f} ± {half_width:.3f}"
 
 
-def table(found, columns):
-    """The lines of a Markdown table of the arms that have all their seeds (from scratch: one); the
-    base of a regularizer is none with its read-out, of all others none with the first."""
-    runs = {(one["arm"], one["seed"]): one for one in found}
-    lines = ["| " + " | ".join(["read-out", "regularizer", "λ", "p", *columns]) + " |",
-             "|" + " --- |" * (4 + len(columns))]
-    rows = [(arm.name, Arm("last" if arm.regularizer == "none" else arm.readout).name, arm.readout,
-             f"`{arm.regularizer}`" + ", from random weights" * (arm.generator == "scratch"),
-             "" if arm.regularizer == "none" else str(arm.reg_weight),
-             arm.probs if arm.regularizer in USES_P else "") for arm in ARMS]
-    rows += [(name, ARMS[0].name, "", name, "", "") for name in JUDGES]
-    for name, base, *about in rows:
-        seeds = [seed for seed in SEEDS if (name, seed) in runs]
-        if len(seeds) == len(SEEDS) or seeds and name == ARMS[-1].name:
-            cells = [f1_cell(runs, name) if column == "F1" else
-                     cell(runs, name, base, column) for column in columns]
-            lines.append("| " + " | ".join([*about, *cells]) + " |")
-    return lines
+def format_table(records, pairs, columns):
+    """The lines of a table of the arms with all their seeds.
+
+    A regularizer is compared with `none` and its prefix reward, all else with `none`
+    and `last`.
+    """
+    header = ["pairs", "prefix reward", "regularizer", "λ", "p", "start"]
+    header += [COLUMNS[column][1] for column in columns]
+    results, rows = index_records(records, pairs), []
+    for arm in [*ARMS, SCRATCH, *JUDGES]:
+        n_seeds = sum((arm, seed) in results for seed in SEEDS)
+        if n_seeds < (1 if arm == SCRATCH else len(SEEDS)):
+            continue
+        base, reg_weight, p_source = BASELINE, "", ""
+        if arm in ARMS and arm.regularizer != "none":
+            base, reg_weight = Arm(arm.prefix_reward), str(arm.reg_weight)
+        if arm.regularizer in USES_P:
+            p_source = arm.p_source
+        row = [pairs, arm.prefix_reward, arm.regularizer]
+        row += [reg_weight, p_source, arm.generator]
+        for column in columns:
+            row.append(format_cell(results, arm, base, column))
+        rows.append(row)
+    return markdown_table(header, rows)
 
 
-def tables(found):
-    lines = []
-    for name, title in product(dict.fromkeys(one["pairs"] for one in found), TABLES):
-        some = [one for one in found if one["pairs"] == name]
-        lines += [f"### {title}: {name}", "", *table(some, TABLES[title]), ""]
-    return lines
+def format_tables(records):
+    """All tables, as Markdown, with an explanation of the columns."""
+    explanations = [(title, meaning) for _, title, meaning in COLUMNS.values()]
+    lines = ["## The study on real pairs", "", INTRODUCTION]
+    lines += markdown_table(["column", "meaning"], explanations)
+    for pairs in dict.fromkeys(record["pairs"] for record in records):
+        for title, columns in TABLES.items():
+            lines += ["", f"### {title}: {pairs}", ""]
+            lines += format_table(records, pairs, columns)
+    return "\n".join(lines)
 
 
 def main(config):
-    in_range(config, 1, 64, "workers")
+    check_range(config, 1, 64, "workers")
     if not config.tables:
-        if not Path(f"data/{config.name}/dataset.json").exists():
-            run_other("data/prepare.py", name=config.name, input=config.pairs, val_share=0.2,
-                      tokenizer=config.init_from)
-        make_generator(config, "pretrained")
-        with autocast(pick_device("auto"), config.dtype):
-            measures = Measures(config)
-        judged = [{"pairs": config.name, "arm": name, "seed": seed, "how": {},
-                   **measures.of(partial(as_judge, name, seed))}
-                  for name, seed in product(JUDGES, SEEDS)]
-        runs = read_records(RESULTS)
-        write_records(RESULTS, runs + [one for one in judged if one not in runs])
-        run_all(partial(run, config, measures), to_do(config, read_records(RESULTS)), RESULTS,
-                config.workers)
-    print("\n".join(tables(read_records(RESULTS))))
+        with lock("out/real"):
+            run_study(config)
+    print(format_tables(read_records(Path(config.results))))
 
 
 if __name__ == "__main__":

@@ -1,293 +1,404 @@
-"""The laboratory's study on the toy world: read-out, regularizer and p, for accuracy, for the truth
-of prefixes, for search and for policies.
+"""The study on the toy world: regularizers, prefix rewards and sources of p.
 
-    python lab/study.py                 run what is missing, then print the tables
-    python lab/study.py --tables=True   print the tables of lab/study.jsonl; nothing is trained
-    python lab/study.py --tables=True --svg=lab/search.svg      and draw what search picks
+    python lab/study.py --results=out/study.jsonl    run what is missing there
+    python lab/study.py --tables=True                print the tables of stored runs
 
-A draw is a dataset, a generator, a training seed and candidates of its own; every arm meets the
-same draws and all differences are paired by draw. A run is `python train.py` with its defaults but
-for the arm's settings. A draw's runs are written when all are done, and are not repeated.
+A seed is a new dataset, generator, training run and set of candidates. All arms meet
+the same seeds, and differences are paired by seed. An arm is trained by `python
+train.py` with the defaults of all other settings. A finished run is one line of the
+results and is not repeated. lab/study.jsonl holds runs of the second edition.
 """
-import os
-import shutil
+
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import product
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import HERE, in_range, run_other, run_script
+from common import check_range, lock, read_json, run_script
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from benchmarks import mean_and_half_width
-from bon import (BonConfig, best_of_n, exact_values, halve, obtain_candidates, open_generator,
-                 same_tokens)
-from data.dataset import open_dataset
-from data.files import read_json, read_records, write_records, write_text
-from evaluate import load_reward_model, prefix_rewards
-from report import CSS, chart, ticks
+from bon import (
+    BonConfig,
+    best_of_n,
+    best_of_n_at_budget,
+    candidate_rewards,
+    exact_values,
+    halve,
+    sample_candidates,
+)
+from data.dataset import dataset_folder, open_dataset
+from data.toy import World
+from evaluate import load_reward_model
+from generator import load_generator
+from lab.intervals import mean_and_half_width, sign_flip_p
+from lab.runs import (
+    EDITION,
+    check_edition,
+    markdown_table,
+    read_records,
+    run_command,
+    run_jobs,
+)
 
-RESULTS = HERE / "lab" / "study.jsonl"
-DRAWS = range(300, 320)     # decided before any was made; settings were chosen on 100 to 103
-FEW_DRAWS = range(320, 325)     # of the regimes
-POLICY_DRAWS = range(300, 310)
-# World: settings of its data, of its generator. The first two have all arms.
-WORLDS = {
-    "sum": ({}, {}), "veto": ({"gold": "veto"}, {}),
-    "as it is": ({}, {}), "125 pairs": ({"train": 125}, {}), "2,000 pairs": ({"train": 2000}, {}),
-    "144 fillers": ({"fillers": 144}, {}), "20% wrong labels": ({"noise": 0.2}, {}),
-    "late evidence": ({"late": 3}, {}), "one layer": ({}, {"n_layer": 1}),
-    "width 128": ({}, {"n_embd": 128}), "poor generator": ({}, {"steps": 100}),
-}
-HALVE = {"25%": (6, 11, 16), "38%": (12, 20, 28), "50%": (19, 30, 41)}     # of all tokens: places
+SEEDS = range(300, 320)  # settings were chosen on seeds 100 to 102
+FEW_SEEDS = range(320, 325)
+POLICY_SEEDS = range(300, 310)
 CANDIDATES = BonConfig(prompts=60, samples=64, max_new_tokens=100, device="cpu")
+HALVING_LENGTHS = {  # percent of all tokens -> lengths at which half is dropped
+    "25": (6, 11, 16),
+    "38": (12, 20, 28),
+    "50": (19, 30, 41),
+}
+USES_P = ("icrm", "icrm_gap_bound", "reward_smoothness")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    workers: int = 2        # draws at a time, one thread each
-    tables: bool = False    # print the tables of lab/study.jsonl and train nothing
-    svg: str = ""           # draw what search picks, by tokens written
+    results: str = "lab/study.jsonl"  # one line per finished run
+    tables: bool = False  # print the tables of the results, and run nothing
+    workers: int = 2  # seeds at a time, one thread each
+
+
+# What is run --------------------------------------------------------------------------
 
 
 class Arm(NamedTuple):
-    """One way to train a reward model."""
+    """One way to train a reward model, or another judge of the same candidates."""
+
     regularizer: str = "none"
-    readout: str = "last"
-    probs: str = "generator"
-
-    @property
-    def name(self):
-        return "-".join(self)
+    prefix_reward: str = "last"
+    p_source: str = "generator"
 
 
-BASE = Arm()
-USES_P = ("icrm", "icrm_gap_bound", "quiet")
-FACTORIAL = [Arm(*pair) for pair in product(
-    ("none", "icrm", "dense_bt", "icrm_gap_bound", "quiet", "td_lambda"), ("last", "mean", "sum"))]
-CONTROLS = [Arm(name, "last", probs) for name in USES_P
-            for probs in ("generator", "uniform", "shuffled", "exact")]
-POLICIES = [BASE, Arm("icrm"), Arm("none", "sum"), Arm("icrm", "sum")]
-FIRST = [*POLICIES, Arm("none", "mean"), Arm("dense_bt"), Arm("icrm_gap_bound")]    # of all
-IN_REGIMES = POLICIES[:3]
-ACCURACY = {"val": ("val", "accuracy"), "decoupled": ("decoupled", "accuracy"),
-            "swapped": ("swapped", "accuracy"), "longer": ("longer", "accuracy"),
-            "corr(z,V)": ("val", "correlation"), "calib.": ("val", "calibration_error"),
-            "leak": ("val", "credit_leak")}
-JUDGES = ("exact value", "no judge")    # two more rows of what is asked of search
-SEARCH = ("best of 16", "best of 64", "fewer", *HALVE)
-BRIEF = ("val", "swapped", "corr(z,V)", "best of 64", "38%")
-PAIRS_FROM = {"": "sampled", "swapped": "swapped"}     # dpo.py's setting: the name of its column
-POLICY = [f"{what}, {name}" for name in PAIRS_FROM.values() for what in ("gold", "KL")]
-PREFIXES = "38% less best of 64"    # what is gained by judging half-written answers alone
-# Question: its worlds, arms, columns. A world's first row is what its others differ from.
-TABLES = {
-    "In short": (["sum"], [BASE, Arm("icrm"), Arm("icrm", "last", "uniform"), *FIRST[4:],
-                         *POLICIES[2:]], BRIEF),
-    "Which regularizer?": (["sum"], [arm for arm in FACTORIAL if arm.readout == "last"], ACCURACY),
-    "Which p?": (["sum"], [BASE, *CONTROLS], ACCURACY),
-    "Read-out and regularizer": (["sum"], FACTORIAL, ACCURACY),
-    "Search": (["sum"], FACTORIAL, (*SEARCH, PREFIXES)),
-    "Which p, in search?": (["sum"], [BASE, *CONTROLS], SEARCH),
-    **{f"Against {base.name}": (["sum"], [base, *others], (*BRIEF, "leak")) for base, *others in [
-        FACTORIAL[3::3] + CONTROLS[1:4], CONTROLS[4:8], CONTROLS[8:], FACTORIAL[1::3],
-        FACTORIAL[2::3]]},
-    "A gold that is no sum": (["veto"], FACTORIAL, ACCURACY),
-    "Search, where gold is no sum": (["veto"], FACTORIAL, SEARCH),
-    "Policies": (["sum"], POLICIES, POLICY),
-    "Regimes": (list(WORLDS)[2:], IN_REGIMES, BRIEF),
+NONE, ICRM, ICRM_SUM = Arm("none"), Arm("icrm"), Arm("icrm", "sum")
+NONE_MEAN, NONE_SUM = Arm("none", "mean"), Arm("none", "sum")
+EXACT_VALUE, RANDOM = Arm("exact value", "", ""), Arm("random candidate", "", "")
+JUDGES = [EXACT_VALUE, RANDOM]
+REGULARIZERS = ("icrm", "dense_bt", "icrm_gap_bound", "reward_smoothness", "td_lambda")
+LAST = [Arm(name) for name in REGULARIZERS]
+MEAN = [Arm(name, "mean") for name in REGULARIZERS]
+SUM = [Arm(name, "sum") for name in REGULARIZERS]
+FACTORIAL = [NONE, NONE_MEAN, NONE_SUM, *LAST, *MEAN, *SUM]
+OTHER_P = ("uniform", "shuffled", "exact")
+ICRM_P = [Arm("icrm", "last", p) for p in OTHER_P]
+P_SOURCES = [NONE]
+for name in USES_P:
+    P_SOURCES += [Arm(name), *(Arm(name, "last", p) for p in OTHER_P)]
+POLICIES = [NONE, ICRM, NONE_SUM, ICRM_SUM]
+REGIME = [NONE, ICRM, NONE_SUM, *JUDGES]
+SUMMARY = [NONE, *LAST, Arm("icrm", "last", "uniform"), NONE_MEAN, NONE_SUM, ICRM_SUM]
+
+
+class Condition(NamedTuple):
+    """A toy world and its generator: the settings that are not the defaults."""
+
+    data: dict = {}
+    generator: dict = {}
+    arms: list = REGIME
+    seeds: range = FEW_SEEDS
+
+
+WORLDS = {
+    "sum": Condition(arms=[*JUDGES, *FACTORIAL, *P_SOURCES], seeds=SEEDS),
+    "veto": Condition({"reward_rule": "veto"}, {}, [*JUDGES, *FACTORIAL], SEEDS),
+    "default": Condition(),
+    "125 pairs": Condition({"train": 125}),
+    "2,000 pairs": Condition({"train": 2000}),
+    "144 fillers": Condition({"fillers": 144}),
+    "20% wrong labels": Condition({"noise": 0.2}),
+    "late evidence": Condition({"filler_clauses_first": 3}),
+    "one layer": Condition(generator={"n_layer": 1}),
+    "width 128": Condition(generator={"n_embd": 128}),
+    "poor generator": Condition(generator={"steps": 100}),
 }
+REGIMES = [world for world in WORLDS if world not in ("sum", "veto")]
 
 
-# Runs --------------------------------------------------------------------------------------------
-
-def search_measures(rewards, worth):
-    """Of every candidate its prefixes' rewards and its gold, sets of them -> what picks are worth.
-    fewer: best of as many candidates as the tokens of halving at 38% write whole."""
-    final, found = [[r[-1] for r in some] for some in rewards], {}
-    for n in (16, 64):
-        found[f"best of {n}"] = [best_of_n(r, w, min(n, len(w))) for r, w in zip(final, worth)]
-    for name, places in HALVE.items():
-        picks = [halve(some, places) for some in rewards]
-        found[name] = [w[pick] for w, (pick, _) in zip(worth, picks)]
-        spent = [written / sum(map(len, some)) for some, (_, written) in zip(rewards, picks)]
-        found[f"spent {name}"] = spent
-        if name == "38%":
-            found["fewer"] = list(map(same_tokens, final, worth, spent))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+# Runs ---------------------------------------------------------------------------------
 
 
-def run_arm(draw, arm, names, rows, worth, with_policies):
-    """Train one arm on a draw and measure it; names: settings of data and generator."""
-    folder = f"{names['generator'].removesuffix('generator')}{arm.name}"
-    shutil.rmtree(folder, ignore_errors=True)       # of a study that was stopped
-    run_other("train.py", quiet=True, out_dir=folder, seed=draw, eval_interval=80, **names,
-              **arm._asdict())
-    splits = read_json(f"{folder}/eval.json", "lab/study.py")["splits"]
-    found = {name: splits[split][key] for name, (split, key) in ACCURACY.items()}
+def measure_search(rewards, qualities):
+    """True quality of the response that each strategy selects, mean over prompts.
+
+    rewards: for each prompt, the prefix rewards of every candidate
+    qualities: for each prompt, the true quality of every candidate
+    halving_gain: what judging partial responses adds to best-of-64
+    tokens_38: share of all tokens that this halving generates
+    """
+    values = defaultdict(list)
+    for candidates, quality in zip(rewards, qualities):
+        final = [prefix_rewards[-1] for prefix_rewards in candidates]
+        for n in (16, 64):
+            selected = best_of_n(final, quality, min(n, len(final)))
+            values[f"best_of_{n}"].append(selected)
+        n_tokens = sum(len(prefix_rewards) for prefix_rewards in candidates)
+        for percent, lengths in HALVING_LENGTHS.items():
+            winner, n_generated = halve(candidates, lengths)
+            values[f"halving_{percent}"].append(quality[winner])
+            values[f"tokens_{percent}"].append(n_generated / n_tokens)
+        at_budget = best_of_n_at_budget(final, quality, values["tokens_38"][-1])
+        values["best_of_n_38"].append(at_budget)
+        gain = values["halving_38"][-1] - values["best_of_64"][-1]
+        values["halving_gain"].append(gain)
+    return {name: float(np.mean(array)) for name, array in values.items()}
+
+
+def measure_arm(arm, seed, names, examples, qualities, with_policies):
+    """Train an arm and measure it. Its checkpoint is deleted afterwards.
+
+    names: the settings `dataset` and `generator`
+    """
+    folder = Path(names["generator"]).parent / "-".join(arm)
+    settings = {**names, **arm._asdict(), "seed": seed, "eval_interval": 80}
+    run_command("train.py", out_dir=folder, **settings)
+    splits = read_json(folder / "eval.json", "lab/study.py")["splits"]
+    metrics = {}
+    for split in ("val", "decoupled", "swapped", "longer"):
+        metrics[split] = splits[split]["accuracy"]
+    metrics["correlation"] = splits["val"]["correlation"]
+    metrics["calibration"] = splits["val"]["calibration_error"]
+    metrics["remark_change"] = splits["val"]["credit_leak"]
     model, _, _ = load_reward_model(folder, "cpu")
-    found |= search_measures(prefix_rewards(model, rows), worth)
-    for pairs_from, name in PAIRS_FROM.items() if with_policies else ():
-        out = f"{folder}-policy-{name}"
-        run_other("dpo.py", quiet=True, checkpoint=folder, out_dir=out, seed=draw,
-                  pairs_from=pairs_from)
-        policy = read_json(f"{out}/results.json", "lab/study.py")["policy"]
-        found |= {f"gold, {name}": policy["gold"], f"KL, {name}": policy["kl"]}
-        shutil.rmtree(out)
-    shutil.rmtree(folder)
-    return found
+    metrics.update(measure_search(candidate_rewards(model, examples), qualities))
+    if with_policies:
+        for pairs, pairs_split in (("sampled", ""), ("swapped", "swapped")):
+            out_dir = folder / f"policy-{pairs}"
+            settings = {"pairs_split": pairs_split, "seed": seed, "out_dir": out_dir}
+            run_command("dpo.py", checkpoint=folder, **settings)
+            policy = read_json(out_dir / "results.json", "lab/study.py")["policy"]
+            metrics[f"policy_quality_{pairs}"] = policy["gold"]
+            metrics[f"policy_kl_{pairs}"] = policy["kl"]
+            (out_dir / "ckpt.pt").unlink()
+    (folder / "ckpt.pt").unlink()
+    return metrics
 
 
-def run_draw(job):
-    """Everything that is missing of one draw of one world -> its runs: (world, draw, arms)."""
-    world, draw, arms = job
-    data, how = WORLDS[world]
-    name = f"lab-{list(WORLDS).index(world)}-{draw}"
-    names = {"dataset": name, "generator": f"out/lab/{name}-generator"}
-    start = {"settings": names, "inputs": {"data": None, "p": ""}}
-    run_other("data/toy/prepare.py", quiet=True, name=name, seed=draw, **data)
-    run_other("generator.py", quiet=True, dataset=name, out_dir=names["generator"], seed=draw,
-              **how)
-    tokenizer = open_dataset(name).tokenizer
-    generator, dataset, gold_of = open_generator(tokenizer, start, CANDIDATES)
-    rows = obtain_candidates(generator, dataset, CANDIDATES)
-    worth = gold_of(rows)
-    chance = float(np.mean([np.mean(some) for some in worth]))
-    exact = search_measures(exact_values(dataset, rows), worth)
-    found = dict(zip(JUDGES, (exact, dict.fromkeys(SEARCH, chance))))
+def run_seed(world, seed, arms):
+    """Run these arms with one seed, and yield a record of each."""
+    condition = WORLDS[world]
+    name = f"study-{world}-{seed}".replace(" ", "-")
+    generator_folder = Path("out/study") / name / "generator"
+    names = {"dataset": name, "generator": str(generator_folder)}
+    run_command("data/toy.py", name=name, seed=seed, **condition.data)
+    run_command(
+        "generator.py",
+        dataset=name,
+        out_dir=generator_folder,
+        seed=seed,
+        **condition.generator,
+    )
+    dataset = open_dataset(name)
+    generator, tokenizer = load_generator(generator_folder, "cpu")
+    examples = sample_candidates(generator, dataset, CANDIDATES)
+    toy_world, qualities = World(**dataset.metadata["world"]), []
+    for example in examples:
+        texts = map(tokenizer.decode, example.responses)
+        qualities.append([float(toy_world.true_quality(text)) for text in texts])
     for arm in arms:
-        with_policies = world == "sum" and arm in POLICIES and draw in POLICY_DRAWS
-        found[arm.name] = run_arm(draw, arm, names, rows, worth, with_policies)
-    shutil.rmtree(names["generator"])
-    shutil.rmtree(f"data/{name}")
-    return [{"world": world, "draw": draw, "arm": arm} | {
-        key: round(value, 4) for key, value in some.items()} for arm, some in found.items()]
+        if arm == EXACT_VALUE:
+            metrics = measure_search(exact_values(dataset, examples), qualities)
+        elif arm == RANDOM:
+            mean = float(np.mean([np.mean(quality) for quality in qualities]))
+            metrics = dict.fromkeys(SELECTED, mean)
+        else:
+            with_policies = world == "sum" and arm in POLICIES and seed in POLICY_SEEDS
+            metrics = measure_arm(arm, seed, names, examples, qualities, with_policies)
+        record = {"edition": EDITION, "world": world, "seed": seed, **arm._asdict()}
+        for key, value in metrics.items():
+            record[key] = round(value, 4)
+        yield record
+    for path in dataset_folder(name).glob("*.npy"):
+        path.unlink()
 
 
-def to_do(runs):
-    """[(world, draw, arms without a run)], those first that most depends on."""
-    known, jobs = {(run["world"], run["draw"], run["arm"]) for run in runs}, []
-    for first, (i, world) in product((True, False), enumerate(WORLDS)):
-        arms = dict.fromkeys(([*FACTORIAL, *CONTROLS], FACTORIAL, IN_REGIMES)[min(i, 2)])
-        for draw in DRAWS if i < 2 else FEW_DRAWS:
-            missing = [arm for arm in arms if (arm in FIRST) == first
-                       and (world, draw, arm.name) not in known]
-            jobs += [(world, draw, missing)] if missing else []
+def find_jobs(records):
+    """[(world, seed, arms without a record), ...]"""
+    results, jobs = index_records(records), []
+    for world, condition in WORLDS.items():
+        for seed in condition.seeds:
+            missing = []
+            for arm in dict.fromkeys(condition.arms):
+                if seed not in results[world, arm]:
+                    missing.append(arm)
+            if missing:
+                jobs.append((world, seed, missing))
     return jobs
 
 
-def run_all(run_job, jobs, results, workers):
-    """Do jobs, so many at a time with one thread each, and add their runs to a file of results."""
-    runs = read_records(results)
-    os.environ["OMP_NUM_THREADS"] = "1"     # of the commands
-    torch.set_num_threads(1)
-    with ThreadPool(workers) as pool:
-        for found in tqdm(pool.imap_unordered(run_job, jobs), "jobs", len(jobs)):
-            runs += [one for one in found if one not in runs]   # the judges come with every job
-            write_records(results, runs)
+# Tables -------------------------------------------------------------------------------
+
+INTRODUCTION = """A cell is the mean over seeds. In parentheses is its difference to the
+first row of the table, with half of its 95% interval. Differences are paired by seed. A
+bold one is significant in an exact sign-flip test, after Bonferroni correction over all
+{comparisons} differences of these tables. Regularizers that ignore p have none in their
+row. Edition of the project that the runs are from: {editions}.
+"""
+COLUMNS = {  # key of a record -> column, explanation
+    "val": ("val", "accuracy on val, which has the training distribution"),
+    "decoupled": ("decoupled", "accuracy where remarks do not depend on the evidence"),
+    "swapped": ("swapped", "accuracy where remarks come from the opposite evidence"),
+    "longer": ("longer", "accuracy where responses have more clauses"),
+    "correlation": ("correlation", "of predicted and exact value, all prefixes of val"),
+    "calibration": (
+        "calibration",
+        "mean gap between predicted and exact value, in ten bins of predicted value",
+    ),
+    "remark_change": (
+        "remarks / evidence",
+        "mean reward change at remarks, divided by that at evidence",
+    ),
+    "best_of_16": ("best of 16", "true quality of the selected response, best-of-16"),
+    "best_of_64": ("best of 64", "the same, best of all 64 candidates"),
+    "best_of_n_38": (
+        "best-of-n, 38%",
+        "best-of-n with the token budget of halving, 38%",
+    ),
+    "halving_25": (
+        "halving, 25%",
+        "successive halving that generates 26% of all tokens",
+    ),
+    "halving_38": (
+        "halving, 38%",
+        "successive halving that generates 38% of all tokens",
+    ),
+    "halving_50": (
+        "halving, 50%",
+        "successive halving that generates 51% of all tokens",
+    ),
+    "halving_gain": ("38% minus 64", "halving, 38% minus best of 64"),
+    "policy_quality_sampled": (
+        "quality, sampled",
+        "true quality of a DPO policy's responses, from pairs of sampled responses",
+    ),
+    "policy_kl_sampled": ("KL, sampled", "its KL divergence from the generator"),
+    "policy_quality_swapped": ("quality, swapped", "the same, from pairs of swapped"),
+    "policy_kl_swapped": ("KL, swapped", "its KL divergence from the generator"),
+}
+ACCURACY = ["val", "decoupled", "swapped", "longer"]
+ACCURACY += ["correlation", "calibration", "remark_change"]
+SELECTED = ["best_of_16", "best_of_64", "best_of_n_38"]
+SELECTED += ["halving_25", "halving_38", "halving_50"]
+BRIEF = ["val", "swapped", "correlation", "best_of_64", "halving_38"]
+COMPARED = [*BRIEF, "remark_change"]
+POLICY = ["policy_quality_sampled", "policy_kl_sampled"]
+POLICY += ["policy_quality_swapped", "policy_kl_swapped"]
 
 
-# Tables ------------------------------------------------------------------------------------------
+class Table(NamedTuple):
+    """Differences are to the first arm."""
 
-def sign_flip_p(differences):
-    """Two-sided p of a mean of paired differences: of all 2^n ways to flip their signs the share
-    with a sum as far from 0. Exact, by the sums of both halves."""
-    halves = np.array_split(np.asarray(differences, dtype=float), 2)
-    first, second = (np.array(list(product((-1, 1), repeat=len(half)))) @ half for half in halves)
-    seen, second = abs(np.sum(differences)) * (1 - 1e-9), np.sort(second)
-    above = len(second) - np.searchsorted(second, seen - first, "left")
-    below = np.searchsorted(second, -seen - first, "right")
-    return float(np.minimum(above + below, len(second)).sum() / len(first) / len(second))
+    title: str
+    worlds: list
+    arms: list
+    columns: list
 
 
-def number_of_looks():
-    """How many differences the tables show."""
-    return len({(world, arm, arms[0], column) for worlds, arms, columns in TABLES.values()
-                for arm in [*arms, *JUDGES * ("38%" in columns)] if arm != arms[0]
-                for world, column in product(worlds, columns)})
+TABLES = [
+    Table("Summary", ["sum"], [*SUMMARY, *JUDGES], BRIEF),
+    Table("Regularizers and prefix rewards", ["sum"], FACTORIAL, ACCURACY),
+    Table("Sources of p", ["sum"], P_SOURCES, ACCURACY),
+    Table("Search", ["sum"], [*FACTORIAL, *JUDGES], [*SELECTED, "halving_gain"]),
+    Table("Search by source of p", ["sum"], P_SOURCES, SELECTED),
+    Table("Compared with icrm", ["sum"], [*LAST, *ICRM_P, *JUDGES], COMPARED),
+    Table("Compared with the mean", ["sum"], [NONE_MEAN, *MEAN, *JUDGES], COMPARED),
+    Table("Compared with the sum", ["sum"], [NONE_SUM, *SUM, *JUDGES], COMPARED),
+    Table("Veto: accuracy", ["veto"], FACTORIAL, ACCURACY),
+    Table("Veto: search", ["veto"], [*FACTORIAL, *JUDGES], SELECTED),
+    Table("Policies", ["sum"], POLICIES, POLICY),
+    Table("Regimes", REGIMES, REGIME, BRIEF),
+]
 
 
-def draws_of(known, world, arm, column):
-    """{draw: value} of an arm."""
-    return {draw: one[column] for (place, name, draw), one in known.items()
-            if (place, name) == (world, arm) and column in one}
+def count_comparisons():
+    """The number of different comparisons in the tables (for Bonferroni)."""
+    comparisons = set()
+    for table in TABLES:
+        for world in table.worlds:
+            for arm in table.arms[1:]:
+                for column in table.columns:
+                    comparisons.add((world, arm, table.arms[0], column))
+    return len(comparisons)
 
 
-def cell(known, world, arm, column, base=BASE.name):
-    """An arm's mean, and its difference to the base's ± half its 95% interval, paired by draw;
-    bold where that excludes 0, with a dagger where its p times the number of looks (Bonferroni) is
-    below 0.05 too."""
-    mine, its = (draws_of(known, world, which, column) for which in (arm, base))
-    if len(mine) < len(FEW_DRAWS):
+def index_records(records):
+    """{(world, arm): {seed: record}}"""
+    results = defaultdict(dict)
+    for record in records:
+        arm = Arm(*(record[field] for field in Arm._fields))
+        results[record["world"], arm][record["seed"]] = record
+    return results
+
+
+def format_cell(results, world, arm, base, column):
+    """The mean, and its difference to the base with half of its 95% interval.
+
+    A difference is bold if it is significant after Bonferroni's correction.
+    """
+    values, base_values = results[world, arm], results[world, base]
+    seeds = [seed for seed in values if column in values[seed]]
+    if not seeds:
         return ""
-    mean = f"{np.mean(list(mine.values())):.3f}"
-    differences = [mine[draw] - its[draw] for draw in mine if draw in its]
+    mean = f"{np.mean([values[seed][column] for seed in seeds]):.3f}"
+    differences = []
+    for seed in seeds:
+        if column in base_values.get(seed, {}):
+            differences.append(values[seed][column] - base_values[seed][column])
     if arm == base or len(differences) < 2:
         return mean
-    difference, half = mean_and_half_width(differences)
-    sure = "†" * (sign_flip_p(differences) * number_of_looks() < 0.05)
-    text = f"{difference:+.3f} ± {half:.3f}{sure}"
-    return f"{mean} (**{text}**)" if abs(difference) > half else f"{mean} ({text})"
+    difference, half_width = mean_and_half_width(differences)
+    text = f"{difference:+.3f} ± {half_width:.3f}"
+    if sign_flip_p(differences) * count_comparisons() < 0.05:
+        text = f"**{text}**"
+    return f"{mean} ({text})"
 
 
-def table(runs, worlds, arms, columns):
-    """The lines of a Markdown table of the arms with enough draws; under what is asked of search,
-    two judges more."""
-    known = {(one["world"], one["arm"], one["draw"]): one | (
-        {PREFIXES: one["38%"] - one["best of 64"]} if "38%" in one else {}) for one in runs}
-    head = [*["world"] * (len(worlds) > 1), "regularizer", "p", "read-out", "draws", *columns]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    rows = [(arm.name, f"`{arm.regularizer}`", arm.probs if arm.regularizer in USES_P else "",
-             arm.readout) for arm in arms]
-    rows += [(name, name, "", "") for name in JUDGES if "38%" in columns]
-    for world, (name, *about) in product(worlds, rows):
-        count = max(len(draws_of(known, world, name, column)) for column in columns)
-        if count >= len(FEW_DRAWS):
-            cells = [cell(known, world, name, column, arms[0].name) for column in columns]
-            cells = [world, *about, str(count), *cells][len(worlds) == 1:]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def format_table(results, table):
+    """The lines of a table. Arms with fewer than len(FEW_SEEDS) seeds are left out."""
+    header = ["world", "regularizer", "p", "prefix reward", "seeds"]
+    header += [COLUMNS[column][0] for column in table.columns]
+    rows = []
+    for world in table.worlds:
+        for arm in table.arms:
+            n_seeds = 0
+            for record in results[world, arm].values():
+                n_seeds += any(column in record for column in table.columns)
+            if n_seeds < len(FEW_SEEDS):
+                continue
+            p_source = arm.p_source if arm.regularizer in USES_P else ""
+            row = [world, arm.regularizer, p_source, arm.prefix_reward, str(n_seeds)]
+            for column in table.columns:
+                row.append(format_cell(results, world, arm, table.arms[0], column))
+            rows.append(row)
+    return markdown_table(header, rows)
 
 
-DRAWN = {"exact value": ("exact value", "thin"), "none-sum-generator": ("none, sum", "own"),
-         "icrm-last-generator": ("icrm", "own"), BASE.name: ("none", "other")}
-
-
-def picture(runs):
-    """What a pick is worth in the first world against the share of the tokens that halving writes,
-    under several judges; at 1 all candidates are written."""
-    lines, labels = [], []
-    for arm, (label, style) in DRAWN.items():
-        some = [one for one in runs if (one["world"], one["arm"]) == ("sum", arm) and "38%" in one]
-        points = [(np.mean([one[f"spent {name}"] for one in some]),
-                   np.mean([one[name] for one in some])) for name in HALVE]
-        points.append((1.0, np.mean([one["best of 64"] for one in some])))
-        lines += [(style, points), ("dots", points)]
-        labels.append((*points[0], label))
-    golds = [y for _, points in lines for _, y in points]
-    return chart(lines, ticks(0, 1), ticks(min(golds) - 0.2, max(golds), 5),
-                 ("share of all tokens written", "gold of the pick"), labels=labels, style=CSS)
-
-
-def tables(runs):
-    found = {question: table(runs, *about) for question, about in TABLES.items()}
-    return "\n".join("\n".join([f"### {question}", "", *lines, ""])
-                     for question, lines in found.items() if len(lines) > 2)
+def format_tables(records):
+    """All tables, as Markdown, with an explanation of the columns."""
+    results = index_records(records)
+    editions = sorted({str(record["edition"]) for record in records})
+    introduction = INTRODUCTION.format(
+        comparisons=count_comparisons(), editions=", ".join(editions)
+    )
+    lines = ["## The study on the toy world", "", introduction]
+    lines += markdown_table(["column", "meaning"], list(COLUMNS.values()))
+    for table in TABLES:
+        rows = format_table(results, table)
+        if len(rows) > 2:
+            lines += ["", f"### {table.title}", "", *rows]
+    return "\n".join(lines)
 
 
 def main(config):
-    in_range(config, 1, 64, "workers")
+    check_range(config, 1, 64, "workers")
+    path = Path(config.results)
     if not config.tables:
-        run_all(run_draw, to_do(read_records(RESULTS)), RESULTS, config.workers)
-    runs = read_records(RESULTS)
-    print(tables(runs))
-    if config.svg:
-        write_text(config.svg, picture(runs))
+        records = read_records(path)
+        check_edition(path, records)
+        with lock("out/study"):
+            run_jobs(run_seed, find_jobs(records), path, config.workers)
+    print(format_tables(read_records(path)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Best-of-n: the closed form against brute force over subsets, and candidates from end to end."""
+"""Best-of-n against brute force over subsets, halving, and candidates end to end."""
+
 import itertools
 import json
 import math
@@ -7,174 +8,194 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import bon
-import evaluate
-from conftest import save_edited
-from config import UserError, parse
-from data.files import load_checkpoint
-from data import tokenizer as tokenizers
+from common import UserError, load_checkpoint, parse_settings
+from data.batch import Example
 from data.dataset import open_dataset
-from data.rows import Row
-from evaluate import load_reward_model, score
+from data.tokenizer import make_tokenizer
+from evaluate import load_reward_model
 
 
-def brute_force(M, n, worth_of):
-    """Mean over all subsets of n of M of what worth_of makes of one."""
-    return np.mean([worth_of(subset) for subset in itertools.combinations(range(M), n)])
+@pytest.mark.parametrize("rewards", [[0.3, -1.0, 2.0, 0.1], [1, 2, 2, 0], [3] * 4])
+def test_best_of_n_equals_the_mean_over_all_subsets(rewards):
+    gold_scores = [1.0, -2.0, 5.0, 0.5]
+    for n in range(1, 5):
+        scores = []
+        for subset in itertools.combinations(range(4), n):
+            best = max(rewards[i] for i in subset)
+            tied = [gold_scores[i] for i in subset if rewards[i] == best]
+            scores.append(np.mean(tied))
+        expected = np.mean(scores)
+        assert bon.best_of_n(rewards, gold_scores, n) == pytest.approx(expected)
+    assert bon.best_of_n([0.1, 0.9, 0.5], [0, 3, 0], 2) == 2.0  # its docstring
 
 
 def test_halving_equals_its_description_step_by_step():
     rng = np.random.default_rng(0)
-    for places in ((), (3,), (2, 5, 9)):
+    for lengths in ((), (3,), (2, 5, 9)):
         rewards = [rng.normal(size=n) for n in rng.integers(1, 12, size=9)]
-        alive, seen = set(range(9)), {}
-        for place in places:
-            seen |= {i: len(rewards[i][:place]) for i in alive}
-            ranked = sorted(alive, key=lambda i: rewards[i][:place][-1], reverse=True)
-            alive = set(ranked[:(len(alive) + 1) // 2])
-        seen |= {i: len(rewards[i]) for i in alive}
+        alive, generated = set(range(9)), {}
+        for length in lengths:
+            for i in alive:
+                generated[i] = len(rewards[i][:length])
+            ranked = sorted(alive, key=lambda i: rewards[i][:length][-1], reverse=True)
+            alive = set(ranked[: (len(alive) + 1) // 2])
+        for i in alive:
+            generated[i] = len(rewards[i])
         best = max(alive, key=lambda i: rewards[i][-1])
-        assert bon.halve(rewards, places) == (best, sum(seen.values()))
-    assert bon.halve([[0, 9], [1, 2], [0, 5]], [1]) == (0, 5)       # as its docstring says
-    assert bon.halve([[2, 0], [2, 1], [9, -1]], [1, 1]) == (2, 4)    # never finished: no rival left
+        assert bon.halve(rewards, lengths) == (best, sum(generated.values()))
+    assert bon.halve([[0, 9], [1, 2], [0, 5]], [1]) == (0, 5)  # its docstring
 
 
-def test_ways_to_pick_are_compared_at_their_share_of_the_tokens():
+def test_strategies_are_compared_at_their_token_budgets():
     rewards = [[[0, 5], [1, 1], [2, 0], [3, 3, 3, 3]], [[0, 1, 2], [1], [0, 0]]]
-    worth = [[4.0, 0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
-    found = {(row["judge"], row["way"]): row
-             for row in bon.compare_ways(rewards, worth, "ab", [1], rewards)}
-    expected = {("random", "one"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
-                ("reward model", "best of all"): ([4, 1], [10, 6]),
-                # two of four go on: 1 + 1 + 2 + 4 tokens; of three, two: 3 + 1 + 1
-                ("reward model", "halving"): ([1, 1], [8, 5]),
-                ("exact value", "halving"): ([1, 1], [8, 5]),
-                ("oracle", "best of all"): ([4, 1], [10, 6])}
-    for key, (values, tokens) in expected.items():
-        assert found[key]["worth"] == pytest.approx(np.mean(values)), key
-        assert found[key]["tokens"] == pytest.approx(np.mean(tokens)), key
-    final = [[r[-1] for r in some] for some in rewards]
+    gold = [[4.0, 0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
+    rows = {}
+    for row in bon.compare_strategies(rewards, gold, "ab", [1], rewards):
+        rows[row["judge"], row["strategy"]] = row
+    expected = {
+        ("random", "one"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
+        ("reward model", "best of all"): ([4, 1], [10, 6]),
+        # Two of four go on: 1 + 1 + 2 + 4 tokens. Of three, two: 3 + 1 + 1.
+        ("reward model", "halving"): ([1, 1], [8, 5]),
+        ("exact value", "halving"): ([1, 1], [8, 5]),
+        ("oracle", "best of all"): ([4, 1], [10, 6]),
+    }
+    for key, (scores, tokens) in expected.items():
+        assert rows[key]["gold"] == pytest.approx(np.mean(scores)), key
+        assert rows[key]["tokens"] == pytest.approx(np.mean(tokens)), key
+    final = [prefix_rewards[-1] for prefix_rewards in rewards[0]]
     for share, n in ((1.0, 4), (0.5, 2), (0.1, 1)):
-        assert bon.same_tokens(final[0], worth[0], share) == bon.best_of_n(final[0], worth[0], n)
-    between = bon.same_tokens(final[0], worth[0], 0.65)     # 2.6 of four
-    assert between == pytest.approx(0.4 * bon.best_of_n(final[0], worth[0], 2)
-                                    + 0.6 * bon.best_of_n(final[0], worth[0], 3))
+        expected = bon.best_of_n(final, gold[0], n)
+        assert bon.best_of_n_at_budget(final, gold[0], share) == expected
+    between = 0.4 * bon.best_of_n(final, gold[0], 2)  # 0.65 of four are 2.6
+    between += 0.6 * bon.best_of_n(final, gold[0], 3)
+    value = bon.best_of_n_at_budget(final, gold[0], 0.65)
+    assert value == pytest.approx(between)
 
 
 @pytest.mark.parametrize("text", ["12,x", "0", "5,5", "8,3", "-1"])
-def test_places_that_do_not_rise_are_refused(text):
-    with pytest.raises(UserError, match="rising numbers"):
-        bon.read_places(text)
-
-
-def test_the_majority_vote_equals_brute_force_and_a_sample_of_subsets_comes_near():
-    answers, worth = list("aabbbcda"), [1, 1, 0, 0, 0, 0, 0, 1]
-
-    def worth_of_vote(subset):
-        votes = [answers[i] for i in subset]
-        most = [a for a in set(votes) if votes.count(a) == max(map(votes.count, votes))]
-        return np.mean([np.mean([w for b, w in zip(answers, worth) if a == b]) for a in most])
-
-    slow = [brute_force(8, n, worth_of_vote) for n in range(1, 9)]
-    assert [bon.majority_of_n(answers, worth, n, None) for n in range(1, 9)] == pytest.approx(slow)
-    sampled = bon.majority_of_n(answers, worth, 4, np.random.default_rng(0), draws=60)
-    assert sampled == pytest.approx(slow[3], abs=0.15)
+def test_lengths_that_do_not_increase_are_refused(text):
+    with pytest.raises(UserError, match="increasing numbers of tokens"):
+        bon.parse_lengths(text)
 
 
 def test_the_curve_uses_the_prompts_that_have_enough_candidates():
-    one, two = bon.curve([[1, 2, 3], [1]], [[0, 0, 1], [1]], "ab", [["x", "y", "y"], ["x"]])
-    assert [(row["n"], row["prompts"]) for row in (one, two)] == [(1, 2), (2, 1)]
-    means = [one[key] for key in ("reward_model", "random", "oracle", "majority")]
-    assert means == pytest.approx([(1 / 3 + 1) / 2] * 4)
-    assert two["reward_model"] == pytest.approx(2 / 3) == pytest.approx(two["oracle"])
-    assert two["kl_at_most"] == pytest.approx(math.log(2) - 0.5)
-    assert "majority" not in bon.curve([[1.0]] * 2, [[1.0]] * 2, "ab", [["x"], []])[0]
+    first, second = bon.best_of_n_curve([[1, 2, 3], [1]], [[0, 0, 1], [1]], "ab")
+    assert (first["n"], first["prompts"]) == (1, 2)
+    assert (second["n"], second["prompts"]) == (2, 1)
+    for key in ("reward_model", "random", "oracle"):
+        assert first[key] == pytest.approx((1 / 3 + 1) / 2)
+    assert second["reward_model"] == second["oracle"] == pytest.approx(2 / 3)
+    assert second["kl_at_most"] == pytest.approx(math.log(2) - 0.5)
 
 
-def test_rows_of_one_prompt_are_one_case_of_the_interval():
-    values, names = np.random.default_rng(0).normal(size=12), [str(i) for i in range(12)]
-    once, repeated, apart = (
-        np.array(bon.interval_by_prompt(np.tile(values, times), prompts, np.random.default_rng(1)))
-        for times, prompts in ((1, names), (9, names * 9), (9, range(108))))
+def test_the_interval_counts_prompts_and_not_rows():
+    values = np.random.default_rng(0).normal(size=12)
+
+    def interval(times, prompts):
+        rng = np.random.default_rng(1)
+        return np.array(bon.interval_by_prompt(np.tile(values, times), prompts, rng))
+
+    prompts = list(range(12))
+    once, repeated = interval(1, prompts), interval(9, prompts * 9)
     assert once[0] < values.mean() < once[1] and repeated == pytest.approx(once)
-    assert np.ptp(apart) < 0.5 * np.ptp(once)
+    assert np.ptp(interval(9, range(108))) < 0.5 * np.ptp(once)
 
 
-def test_every_candidate_has_the_reward_it_has_alone_and_equal_ones_are_read_once(tiny):
-    rng = np.random.default_rng(0)
-    prompt, some = rng.integers(50, size=3), [rng.integers(50, size=k % 7 + 1) for k in range(20)]
-    rows = [Row(prompt, tuple(responses)) for responses in (some[:1], some, some[:2] * 6, ())]
-    with mock.patch.object(evaluate, "score", side_effect=evaluate.score) as scored:
-        found = bon.final_rewards(tiny, rows)
-    assert [len(row.responses) for row in scored.call_args.args[1]] == [1, 8, 8, 4, 2]
-    assert len(set(found[2].tolist())) == 2
-    for row, rewards in zip(rows, found, strict=True):
-        alone = [score(tiny, [Row(row.prompt, (one,))])[0][0][-1] for one in row.responses]
-        assert rewards == pytest.approx(alone, abs=1e-5)
+# End to end ---------------------------------------------------------------------------
 
 
 def run(**settings):
-    settings = dict(checkpoint="out/run", json="bon.json", device="cpu") | settings
-    bon.main(parse(bon.BonConfig, [f"--{key}={value}" for key, value in settings.items()]))
+    settings = {"checkpoint": "out/run", "json": "bon.json", **settings}
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    bon.main(parse_settings(bon.BonConfig, [*options, "--device=cpu"]))
     return json.loads(Path("bon.json").read_text())
 
 
-def test_sampled_responses_that_end_are_worth_their_gold_or_a_judges_reward(inside):
+def strategies(results, key):
+    return {(r["judge"], r["strategy"]): r[key] for r in results["strategies"]}
+
+
+def test_finished_responses_get_their_true_quality_or_a_judges_reward(inside):
     results = run(prompts=3, samples=8)
     first, *_, last = results["curve"]
-    assert 0 < results["candidates"] < 24 and first["n"] == 1 and first["prompts"] <= 3
-    assert first["reward_model"] == pytest.approx(first["random"]) == pytest.approx(first["oracle"])
-    assert last["oracle"] >= last["reward_model"] - 1e-9 and last["oracle"] > first["oracle"]
+    assert 0 < results["candidates"] < 24
+    assert first["n"] == 1 and first["prompts"] <= 3
+    assert first["reward_model"] == pytest.approx(first["random"])
+    assert first["reward_model"] == pytest.approx(first["oracle"])
+    assert last["oracle"] >= last["reward_model"] - 1e-9
+    assert last["oracle"] > first["oracle"]
     opposite = load_checkpoint("out/run", "reward model")
     opposite["model"]["score.weight"] *= -1
-    save_edited(opposite, "opposite.pt")
+    torch.save(opposite, "opposite.pt")
     last = run(prompts=4, samples=8, judge="opposite.pt")["curve"][-1]
     assert last["reward_model"] < last["random"] < last["oracle"]
 
 
 def test_halving_saves_tokens_and_without_dropping_is_best_of_all(inside):
-    found = run(prompts=3, samples=8, max_new_tokens=60, halve="6,12")["ways"]
-    tokens = {(row["judge"], row["way"]): row["tokens"] for row in found}
-    # 8 to place 6, 4 to place 12, 2 to the end, all but those that end before
-    assert tokens["reward model", "halving as it is written"] <= 8 * 6 + 4 * 6 + 2 * 48
-    assert tokens["reward model", "halving"] == tokens["reward model", "best of as many tokens"]
-    assert tokens["exact value", "halving"] < tokens["reward model", "best of all"]
-    last = run(prompts=1, samples=8, halve="1000", judge="out/run")["ways"]
-    worth = {(row["judge"], row["way"]): row["worth"] for row in last}
-    assert (worth["reward model", "best of all"] == worth["reward model", "halving"]
-            == worth["reward model", "halving as it is written"])      # from the same draws
+    results = run(prompts=3, samples=8, max_new_tokens=60, halving_lengths="6,12")
+    tokens = strategies(results, "tokens")
+    # 8 candidates to length 6, 4 to length 12, 2 to the end. Some end before.
+    most = 8 * 6 + 4 * 6 + 2 * 48
+    assert tokens["reward model", "halving while sampling"] <= most
+    at_budget = tokens["reward model", "best-of-n, same tokens"]
+    assert tokens["reward model", "halving"] == at_budget
+    everything = tokens["reward model", "best of all"]
+    assert tokens["exact value", "halving"] < everything
+    results = run(prompts=1, samples=8, halving_lengths="1000", judge="out/run")
+    gold = strategies(results, "gold")  # from the same samples
+    best = gold["reward model", "best of all"]
+    assert gold["reward model", "halving"] == best
+    assert gold["reward model", "halving while sampling"] == best
 
 
-def test_the_exact_value_of_what_the_world_could_not_have_written_stays(inside):
+def test_the_exact_value_stays_after_a_token_that_the_world_cannot_produce(inside):
     dataset = open_dataset("toy")
-    tokens = dataset.split("val")[0].responses[0]
+    split = dataset.split("val")
+    tokens = split[0].responses[0]
     wrong = np.concatenate([tokens[:9], tokens[:3]])
-    (right, broken), = bon.exact_values(dataset, [Row(tokens[:1], (tokens, wrong))])
-    exact = dataset.split("val").of_responses(dataset.array("val", "exact-value"), 0)[0]
-    assert right == pytest.approx(exact, abs=1e-6) and broken == right[:9] + [right[8]] * 3
+    example = Example(tokens[:1], (tokens, wrong))
+    ((right, broken),) = bon.exact_values(dataset, [example])
+    exact = split.response_values(dataset.array("val", "exact-value"), 0)[0]
+    assert right == pytest.approx(exact, abs=1e-6)
+    assert broken.tolist() == [*right[:9], *[right[8]] * 3]
 
 
-def test_candidates_of_a_file_may_be_unequal_in_number_wrong_or_too_long(inside):
-    texts = {"P": ["+a", "b", "+a", "c"], "Q": ["+a", "+b"], "R": ["a"], "S": [], "T": ["x " * 300]}
-    rows = [{"prompt": prompt, "responses": [
-        {"text": text, "answer": text.strip("+"), "correct": "+" in text} for text in some]}
-        for prompt, some in texts.items()]
-    Path("c.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    results = run(candidates="c.jsonl", halve="1", skip_bad=True)
-    assert {row["judge"] for row in results["ways"]} == {"random", "reward model", "oracle"}
-    assert [row["prompts"] for row in results["curve"]] == [3, 2, 1] and results["candidates"] == 7
-    assert results["curve"][0]["majority"] == pytest.approx((0.5 + 1 + 0) / 3)
+def test_candidates_of_a_file_may_differ_in_number_and_be_too_long(inside):
+    texts = {
+        "P": ["+a", "b", "+a", "c"],
+        "Q": ["+a", "+b"],
+        "R": ["a"],
+        "S": [],
+        "T": ["x " * 300],
+    }
+    lines = []
+    for prompt, candidates in texts.items():
+        responses = []
+        for text in candidates:
+            responses.append({"text": text, "correct": "+" in text})
+        lines.append(json.dumps({"prompt": prompt, "responses": responses}))
+    Path("c.jsonl").write_text("\n".join(lines))
+    results = run(candidates="c.jsonl", halving_lengths="1", max_bad_fraction=1)
+    judges = {judge for judge, _ in strategies(results, "gold")}
+    assert judges == {"random", "reward model", "oracle"}
+    assert [row["prompts"] for row in results["curve"]] == [3, 2, 1]
+    assert results["candidates"] == 7
 
 
-def test_what_does_not_fit_is_one_line(inside):
+def test_mistakes_are_one_line(inside):
     _, tokenizer, _ = load_reward_model("out/run", "cpu")
-    with pytest.raises(UserError, match="the judge and the reward model read different vocab"):
-        bon.check_fit("judge", tokenizers.make("bpe:300", ["words"]), tokenizer)
-    with mock.patch.object(bon, "open_dataset", return_value=mock.Mock(tokenizer=tokenizer)):
+    other = make_tokenizer("bpe:300", ["words"])
+    with pytest.raises(UserError, match="the judge and the reward model use different"):
+        bon.check_same_tokenizer("judge", other, tokenizer)
+    dataset = mock.Mock(tokenizer=tokenizer)
+    with mock.patch.object(bon, "open_dataset", return_value=dataset):
         with pytest.raises(UserError, match="name a judge"):
             run()
-    for settings, message in ((dict(judge="x", candidates="y"), "leave out --judge"),
-                              (dict(prompts=2, max_new_tokens=1), "raise --max_new_tokens")):
-        with pytest.raises(UserError, match=message):
-            run(**settings)
+    with pytest.raises(UserError, match="Leave out --judge"):
+        run(judge="x", candidates="y")
+    with pytest.raises(UserError, match="Raise --max_new_tokens"):
+        run(prompts=2, max_new_tokens=1)

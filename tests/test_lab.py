@@ -1,183 +1,412 @@
-"""The laboratory: its arms, its pairing, and tables that are those of its runs."""
+"""The studies: arms, pairing, tables, and pages that show the stored runs."""
+
 import itertools
+import json
 import math
-from pathlib import Path
+import re
+import time
 from statistics import harmonic_mean, stdev
 
 import numpy as np
 import pytest
 
-from bon import best_of_n, halve, same_tokens
-from config import UserError, parse
-from data.files import read_records
-from data.pairs import Item
-from data.probs import PROBS
-from data.toy.prepare import ToyConfig
-from generator import GeneratorConfig
-from lab import real, study
-from regularizer import READOUTS, REGULARIZERS
+from bon import best_of_n, best_of_n_at_budget, halve
+from common import ROOT, UserError, parse_settings
+from data.dataset import open_dataset
+from data.toy import ToyConfig
+from generator import P_SOURCES, GeneratorConfig
+from lab import real, runs, study
+from lab.intervals import mean_and_half_width, sign_flip_p
+from lab.study import Arm, Condition
+from model import PREFIX_REWARDS
+from regularizer import REGULARIZERS
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_arms_are_known_distinct_and_meet_the_baseline():
-    for worlds, arms, _ in study.TABLES.values():
-        assert {*worlds} <= {*study.WORLDS} and len(set(arms)) == len(arms)
-        for arm in arms:
-            assert arm.regularizer in REGULARIZERS
-            assert arm.probs in PROBS and arm.readout in READOUTS
-    assert study.BASE == study.Arm("none", "last", "generator")
-    draws = [*study.DRAWS, *study.FEW_DRAWS, *range(100, 104)]      # the last: settings' choice
-    assert len(set(draws)) == 29 and set(study.POLICY_DRAWS) < set(study.DRAWS)
-    everything = study.to_do([])
-    assert sum(len(arms) for *_, arms in everything) == 20 * 27 + 20 * 18 + 9 * 5 * 3
-    jobs = [(world, draw, arm) for world, draw, arms in everything for arm in arms]
-    assert len(set(jobs)) == len(jobs) and set(study.IN_REGIMES) < set(study.FIRST)
-    assert [world for world, *_ in everything[:21]] == ["sum"] * 20 + ["veto"]
+STUDY_RECORDS = runs.read_records(ROOT / "lab" / "study.jsonl")
+REAL_RECORDS = runs.read_records(ROOT / "lab" / "real.jsonl")
 
 
-def test_a_draws_missing_arms_alone_are_run():
-    runs = [{"world": "sum", "draw": 300, "arm": arm.name} for arm in study.FACTORIAL]
-    jobs = study.to_do(runs)
-    assert jobs[0][:2] == ("sum", 301) and set(jobs[0][2]) == set(study.FIRST)
-    missing, = (arms for world, draw, arms in jobs if (world, draw) == ("sum", 300))
-    assert set(missing) == set(study.CONTROLS) - set(study.FACTORIAL)
+def make_record(arm, seed, world="sum", **metrics):
+    return {"edition": 3, "world": world, "seed": seed, **arm._asdict(), **metrics}
 
 
-def test_settings_of_every_world_are_understood():
-    for data, how in study.WORLDS.values():
-        parse(ToyConfig, [f"--{key}={value}" for key, value in data.items()])
-        parse(GeneratorConfig, [f"--{key}={value}" for key, value in how.items()])
+# Commands and records -----------------------------------------------------------------
 
 
-def test_differences_are_paired_by_draw(monkeypatch):
-    arms = [study.BASE, study.Arm("icrm")]
-    monkeypatch.setattr(study, "FEW_DRAWS", range(3))
-    runs = [{"world": "sum", "draw": draw, "arm": arm.name, "val": 0.1 * draw + 0.2 * i}
-            for i, arm in enumerate(arms) for draw in (2, 0, 1)]
-    runs += [{"world": "veto", "draw": 2, "arm": arm.name, "val": 0.5} for arm in arms]
-    *_, line = study.table(runs, ["sum"], arms, ["val", "swapped"])
-    assert line == "| `icrm` | generator | last | 3 | 0.300 (**+0.200 ± 0.000**) |  |"
+def test_a_command_that_fails_is_an_error_with_its_last_line(inside):
+    with pytest.raises(UserError, match="python train.py --steps=0 failed: .*--steps"):
+        runs.run_command("train.py", steps=0)
+
+
+def test_an_error_in_one_job_ends_the_commands_of_the_others(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text("import time\ntime.sleep(100)\n")
+
+    def work(name):
+        if name == "wait":
+            runs.run_command(script)
+        while not runs.running:
+            time.sleep(0.1)
+        raise UserError("this job fails")
+        yield
+
+    with pytest.raises(UserError, match="this job fails"):
+        runs.run_jobs(work, [("wait",), ("fail",)], tmp_path / "records", 2)
+    assert runs.running.pop().wait(timeout=10) != 0
+
+
+def test_every_record_is_appended_as_soon_as_it_is_there(tmp_path):
+    path = tmp_path / "folder" / "records.jsonl"
+    assert runs.read_records(path) == []
+
+    def work(number):
+        yield {"number": number}
+        assert {"number": number} in runs.read_records(path)
+
+    runs.run_jobs(work, [(1,), (2,)], path, workers=2)
+    numbers = sorted(record["number"] for record in runs.read_records(path))
+    assert numbers == [1, 2]
+    path.write_text('{"number": 1}\n{"numb')
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        runs.read_records(path)
+
+
+@pytest.mark.parametrize("module", [study, real])
+def test_runs_of_two_editions_are_not_mixed(module):
+    config_class = module.StudyConfig if module is study else module.RealConfig
+    config = config_class(results=str(ROOT / "lab" / f"{module.__name__[4:]}.jsonl"))
+    with pytest.raises(UserError, match="edition 2.*--results=FILE"):
+        module.main(config)
+
+
+# Statistics ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, t", [(2, 12.706), (10, 2.262), (20, 2.093), (100, 1.984)])
+def test_half_widths_are_those_of_students_t(n, t):
+    values = np.random.default_rng(n).normal(size=n)
+    mean, half_width = mean_and_half_width(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert half_width == pytest.approx(t * stdev(values) / math.sqrt(n), rel=1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-def test_the_sign_flip_p_is_that_of_all_flips(n):
-    differences = np.random.default_rng(n).normal(0.5, 1, n).round(1)   # ties and zeros too
-    sums = [abs(sum(s * d for s, d in zip(signs, differences)))
-            for signs in itertools.product((-1, 1), repeat=n)]
-    expected = np.mean([one >= abs(sum(differences)) - 1e-9 for one in sums])
-    assert study.sign_flip_p(differences) == pytest.approx(expected)
+def test_the_sign_flip_p_counts_all_flips(n):
+    differences = np.random.default_rng(n).normal(0.5, 1, n).round(1)  # has ties
+    observed, n_extreme = abs(sum(differences)), 0
+    for signs in itertools.product((-1, 1), repeat=n):
+        n_extreme += abs(sum(signs * differences)) >= observed - 1e-9
+    assert sign_flip_p(differences) == pytest.approx(n_extreme / 2**n)
 
 
-def test_a_dagger_stands_for_what_survives_all_looks():
-    arms, rng = [study.BASE, study.Arm("icrm")], np.random.default_rng(0)
-    noise = rng.normal(size=20)
-    for gain, mark in ((2.0, "†**)"), (0.8, "**)")):
-        runs = [{"world": "sum", "draw": draw, "arm": arm.name, "val": i * (gain + noise[draw])}
-                for i, arm in enumerate(arms) for draw in range(20)]
-        text = study.cell({(one["world"], one["arm"], one["draw"]): one for one in runs},
-                          "sum", arms[1].name, "val")
-        assert text.endswith(mark) and text.count("†") == mark.count("†")
+# The study on the toy world -----------------------------------------------------------
 
 
-def test_what_search_picks_is_what_bon_says_of_each_prompt():
+def test_arms_exist_and_are_distinct():
+    for table in study.TABLES:
+        assert set(table.worlds) <= set(study.WORLDS), table.title
+        assert len(set(table.arms)) == len(table.arms), table.title
+        assert set(table.columns) <= set(study.COLUMNS), table.title
+        for world in table.worlds:
+            assert set(table.arms) <= set(study.WORLDS[world].arms), table.title
+    for condition in study.WORLDS.values():
+        for arm in set(condition.arms) - set(study.JUDGES):
+            assert arm.regularizer in REGULARIZERS
+            assert arm.prefix_reward in PREFIX_REWARDS
+            assert arm.p_source in P_SOURCES
+    n_runs = sum(len(arms) for _, _, arms in study.find_jobs([]))
+    assert n_runs == 20 * (27 + 2) + 20 * (18 + 2) + 9 * 5 * (3 + 2)
+
+
+def test_settings_of_every_world_are_understood():
+    for condition in study.WORLDS.values():
+        data = [f"--{name}={value}" for name, value in condition.data.items()]
+        generator = [f"--{name}={value}" for name, value in condition.generator.items()]
+        parse_settings(ToyConfig, data)
+        parse_settings(GeneratorConfig, generator)
+
+
+def test_only_missing_arms_are_run():
+    records = []
+    for arm in [*study.JUDGES, *study.FACTORIAL]:
+        records.append(make_record(arm, 300))
+    jobs = study.find_jobs(records)
+    assert jobs[0][:2] == ("sum", 300)
+    assert set(jobs[0][2]) == set(study.P_SOURCES) - set(study.FACTORIAL)
+    assert jobs[1][:2] == ("sum", 301) and len(jobs[1][2]) == 29
+
+
+def test_search_is_measured_as_bon_does():
     rng = np.random.default_rng(1)
-    rewards = [[rng.normal(size=n) for n in rng.integers(20, 60, 64)] for _ in range(3)]
-    worth = [rng.integers(-3, 5, 64).tolist() for _ in rewards]
-    found = study.search_measures(rewards, worth)
-    picks = [w[halve(r, (12, 20, 28))[0]] for r, w in zip(rewards, worth)]
-    assert found["38%"] == pytest.approx(np.mean(picks))
-    final = [[one[-1] for one in r] for r in rewards]
-    assert found["best of 64"] == np.mean([w[np.argmax(r)] for r, w in zip(final, worth)])
-    best = [best_of_n(r, w, 16) for r, w in zip(final, worth)]
-    assert found["best of 16"] == pytest.approx(np.mean(best))
-    spent = [halve(r, (12, 20, 28))[1] / sum(map(len, r)) for r in rewards]
-    fewer = list(map(same_tokens, final, worth, spent))
-    assert found["fewer"] == pytest.approx(np.mean(fewer))
-    assert found["spent 25%"] < found["spent 38%"] < found["spent 50%"] < 1
-    assert set(found) >= set(study.SEARCH)
+    lengths, rewards, qualities = (12, 20, 28), [], []
+    for _ in range(3):
+        rewards.append([rng.normal(size=n) for n in rng.integers(20, 60, 64)])
+        qualities.append(rng.integers(-3, 5, 64).tolist())
+    best, at_budget, halved = [], [], []
+    for candidates, quality in zip(rewards, qualities):
+        final = [prefix_rewards[-1] for prefix_rewards in candidates]
+        winner, n_tokens = halve(candidates, lengths)
+        share = n_tokens / sum(map(len, candidates))
+        best.append(best_of_n(final, quality, 16))
+        at_budget.append(best_of_n_at_budget(final, quality, share))
+        halved.append(quality[winner])
+    metrics = study.measure_search(rewards, qualities)
+    assert metrics["best_of_16"] == pytest.approx(np.mean(best))
+    assert metrics["best_of_n_38"] == pytest.approx(np.mean(at_budget))
+    assert metrics["halving_38"] == pytest.approx(np.mean(halved))
+    gain = metrics["halving_38"] - metrics["best_of_64"]
+    assert metrics["halving_gain"] == pytest.approx(gain)
+    assert metrics["tokens_25"] < metrics["tokens_38"] < metrics["tokens_50"] < 1
+    assert set(study.SELECTED) < set(metrics)
+
+
+def test_differences_are_paired_by_seed():
+    records = []
+    for seed in (4, 2, 0, 1, 3):
+        records.append(make_record(study.NONE, seed, val=0.1 * seed))
+        records.append(make_record(study.ICRM, seed, val=0.1 * seed + 0.2))
+    records.append(make_record(study.ICRM, 7, "veto", val=0.9))
+    records.append(make_record(study.NONE, 8, val=0.2))
+    table = study.Table("", ["sum"], [study.NONE, study.ICRM], ["val", "swapped"])
+    *_, line = study.format_table(study.index_records(records), table)
+    cells = "| 5 | 0.400 (+0.200 ± 0.000) |  |"
+    assert line == f"| sum | icrm | generator | last {cells}"
+
+
+@pytest.mark.parametrize("gain, is_bold", [(2.0, True), (0.8, False)])
+def test_bold_differences_are_significant_after_correction(gain, is_bold):
+    noise, records = np.random.default_rng(0).normal(size=20), []
+    for seed in range(20):
+        records.append(make_record(study.NONE, seed, val=0.0))
+        records.append(make_record(study.ICRM, seed, val=gain + noise[seed]))
+    results = study.index_records(records)
+    cell = study.format_cell(results, "sum", study.ICRM, study.NONE, "val")
+    assert cell.endswith("**)") == is_bold
+    differences = gain + noise
+    p = sign_flip_p(differences)
+    assert (p * study.count_comparisons() < 0.05) == is_bold and p < 0.05
 
 
 @pytest.mark.slow
-def test_a_draw_of_the_study_is_run_and_leaves_no_file(tmp_path, monkeypatch):
+def test_a_seed_of_the_study_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "CANDIDATES", study.BonConfig(prompts=4, samples=64, device="cpu"))
-    monkeypatch.setitem(study.WORLDS, "veto", ({"gold": "veto", "train": 60, "test": 40},
-                                               {"steps": 60}))
-    exact, chance, run = study.run_draw(("veto", 7, [study.Arm("icrm", "sum", "shuffled")]))
-    assert run["arm"] == "icrm-sum-shuffled" and set(run) >= {*study.ACCURACY, *study.SEARCH}
-    assert exact["best of 64"] >= run["best of 64"] and chance["38%"] == chance["25%"]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    candidates = study.BonConfig(prompts=4, samples=64, device="cpu")
+    arm = Arm("icrm", "sum", "shuffled")
+    data = {"train": 200, "test": 40}
+    monkeypatch.setattr(study, "CANDIDATES", candidates)
+    monkeypatch.setattr(study, "POLICIES", [arm])
+    monkeypatch.setattr(study, "POLICY_SEEDS", [7])
+    condition = Condition(data, {"steps": 200}, [*study.JUDGES, arm], [7])
+    monkeypatch.setattr(study, "WORLDS", {"sum": condition})
+    ((world, seed, arms),) = study.find_jobs([])
+    exact, random, record = study.run_seed(world, seed, arms)
+    assert record["regularizer"] == "icrm" and record["p_source"] == "shuffled"
+    columns = [*study.ACCURACY, *study.SELECTED, "halving_gain", *study.POLICY]
+    assert set(record) >= {"edition", "world", "seed", *columns}
+    assert random["halving_38"] == random["best_of_16"] < exact["best_of_16"]
+    assert study.find_jobs([exact, random, record]) == []
+    (checkpoint,) = tmp_path.rglob("ckpt.pt")
+    assert checkpoint.parent.name == "generator"
+    assert not list((tmp_path / "data").rglob("*.npy"))
 
 
-def test_tables_in_the_pages_are_those_of_the_runs():
-    runs = read_records(study.RESULTS)
-    printed = {*study.tables(runs).splitlines(), *real.tables(read_records(real.RESULTS))}
-    assert (ROOT / "lab" / "search.svg").read_text(encoding="utf-8") == study.picture(runs)
-    laboratory = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = readme[readme.index("## What was found"):readme.index("## The toy world")]
-    for page, least in ((laboratory[laboratory.index("## Tables"):], 100), (found, 9)):
-        quoted = {line for line in page.splitlines() if line.startswith("|")}
-        assert len(quoted) >= least and quoted <= printed
+# The study on real pairs --------------------------------------------------------------
 
 
-# Real labels -------------------------------------------------------------------------------------
-
-def test_arms_on_real_labels_are_known_and_distinct():
-    assert len({arm.name for arm in real.ARMS}) == len(real.ARMS) == 19
-    assert real.ARMS[0] == real.Arm("last", "none")
+def test_arms_on_real_pairs_exist_and_are_distinct():
+    assert len(set(real.ARMS)) == len(real.ARMS) == 18
+    assert real.ARMS[0] == real.BASELINE
     for arm in real.ARMS:
-        assert arm.regularizer in REGULARIZERS and arm.probs in PROBS and arm.readout in READOUTS
+        assert arm.regularizer in REGULARIZERS
+        assert arm.prefix_reward in PREFIX_REWARDS
+        assert arm.p_source in P_SOURCES
 
 
-def test_differences_on_real_labels_are_paired_by_case_and_by_seed():
+def test_differences_on_real_pairs_are_by_case_and_by_seed():
     rng = np.random.default_rng(0)
-    keys = [(arm, seed) for arm in ("none", "icrm") for seed in (0, 1, 2)]
-    digits = {key: rng.integers(0, 10, 50) for key in keys}
-    runs = {key: {"RM-Bench": "".join(map(str, value))} for key, value in digits.items()}
-    gaps = np.array([digits["icrm", seed] - digits["none", seed] for seed in (0, 1, 2)]) / 9
-    cases = [np.mean([gap[i] for gap in gaps]) for i in range(50)]
-    by_case = 1.96 * math.sqrt(sum((c - np.mean(cases)) ** 2 for c in cases) / 49 / 50)
-    seeds = [gap.mean() for gap in gaps]
-    by_seed = 4.303 * math.sqrt(sum((s - np.mean(seeds)) ** 2 for s in seeds) / 2 / 3)
-    mean = np.mean([digits["icrm", seed] for seed in (0, 1, 2)]) / 9
-    assert real.cell(runs, "icrm", "none", "RM-Bench") == (
-        f"{mean:.3f} ({np.mean(cases):+.3f} ± {by_case:.3f} ± {by_seed:.3f})")
-    assert "(" not in real.cell(runs, "none", "none", "RM-Bench")
-    for some in ({("none", 0)}, {("none", 0), ("none", 1), ("none", 2)}):   # one seed of icrm
-        fewer = {key: run for key, run in runs.items() if key in some | {("icrm", 0)}}
-        assert real.cell(fewer, "icrm", "none", "RM-Bench") == f"{digits['icrm', 0].mean() / 9:.3f}"
+    icrm, results, digits = real.Arm("last", "icrm"), {}, {}
+    for arm in (real.BASELINE, icrm):
+        for seed in (0, 1, 2):
+            digits[arm, seed] = rng.integers(0, 10, 50)
+            results[arm, seed] = {"rm_bench": "".join(map(str, digits[arm, seed]))}
+    gaps = []
+    for seed in (0, 1, 2):
+        gaps.append((digits[icrm, seed] - digits[real.BASELINE, seed]) / 9)
+    cases = [sum(case) / 3 for case in zip(*gaps)]
+    seeds = [sum(gap) / 50 for gap in gaps]
+    by_case = 1.96 * stdev(cases) / math.sqrt(50)
+    by_seed = 4.303 * stdev(seeds) / math.sqrt(3)
+    mean = np.mean([digits[icrm, seed] for seed in (0, 1, 2)]) / 9
+    difference = f"{np.mean(cases):+.3f} ± {by_case:.3f} ± {by_seed:.3f}"
+    cell = real.format_cell(results, icrm, real.BASELINE, "rm_bench")
+    assert cell == f"{mean:.3f} ({difference})"
+    assert "(" not in real.format_cell(results, icrm, icrm, "rm_bench")
+    del results[icrm, 1], results[icrm, 2]
+    mean = digits[icrm, 0].mean() / 9
+    cell = real.format_cell(results, icrm, real.BASELINE, "rm_bench")
+    assert cell == f"{mean:.3f}"
 
 
-def test_f1_is_that_of_each_seed():
-    runs = {("none", seed): {"first error": first, "none before it": none}
-            for seed, first, none in ((0, "1000", "10"), (1, "1100", "11"), (2, "0000", "10"))}
+def test_f1_is_computed_for_each_seed():
+    results = {}
+    for seed, first, none in ((0, "1000", "10"), (1, "1100", "11"), (2, "0000", "10")):
+        record = {"first_error": first, "none_before_error": none}
+        results[real.BASELINE, seed] = record
     scores = [harmonic_mean(pair) for pair in ((0.25, 0.5), (0.5, 1.0), (0.0, 0.5))]
-    half = 4.303 * stdev(scores) / math.sqrt(3)
-    assert real.f1_cell(runs, "none") == f"{np.mean(scores):.3f} ± {half:.3f}"
+    half_width = 4.303 * stdev(scores) / math.sqrt(3)
+    expected = f"{np.mean(scores):.3f} ± {half_width:.3f}"
+    assert real.format_f1(results, real.BASELINE) == expected
 
 
-def test_first_wrong_steps_are_found_by_a_threshold_chosen_on_the_other_prompts():
-    """Rewards of odd prompts are lower by 10: the threshold chosen on them finds no step of even
-    ones, and that of even ones finds the first step of each odd one; the fall tells all."""
-    items = [(prompt, error) for prompt in range(4) for error in (0, 1, 2)]
-    measures = object.__new__(real.Measures)
-    measures.solutions = [Item(str(prompt), ("",), first_error=error) for prompt, error in items]
-    rewards = [np.array([1, *(1 if t < error else -1 for t in range(3))]) - 10 * (prompt % 2)
-               for prompt, error in items]
-    found, none_before, falls = measures.find_errors(rewards)
-    assert found.tolist() == [int(prompt % 2 and error == 0) for prompt, error in items]
-    assert none_before.tolist() == [int(prompt % 2 == 0) for prompt, error in items if error]
-    assert falls.all()
+def test_thresholds_for_wrong_steps_are_chosen_on_the_other_prompts():
+    """Rewards of odd prompts are lower by 10.
+
+    So the threshold chosen on them is below every reward of even prompts, and that of
+    even prompts is above every reward of odd ones.
+    """
+    benchmarks = object.__new__(real.Benchmarks)
+    benchmarks.first_errors = np.array([0, 1, 2] * 4)
+    benchmarks.halves = np.array([0, 0, 0, 1, 1, 1] * 2)
+    step_rewards = []
+    for half, error in zip(benchmarks.halves, benchmarks.first_errors):
+        rewards = np.array([1.0, *(1.0 if step < error else -1.0 for step in range(3))])
+        step_rewards.append(rewards - 10 * half)
+    outcomes = benchmarks.find_errors(step_rewards)
+    for half, error, is_found in zip(
+        benchmarks.halves, benchmarks.first_errors, outcomes["first_error"]
+    ):
+        assert is_found == (half == 1 and error == 0)
+    assert outcomes["none_before_error"] == [True, True, False, False] * 2
+    assert all(outcomes["largest_drop"])
 
 
-def test_a_run_on_real_labels_that_stands_in_the_results_is_not_repeated():
-    config, every = real.RealConfig(name="mine"), real.to_do(real.RealConfig(), [])
-    assert len(every) == len(set(every)) == 3 * (len(real.ARMS) - 1) + 1
-    runs = [{"pairs": "mine", "arm": arm.name, "seed": seed, "how": real.settings_of(config, arm)}
-            for arm, seed in every[:5]]
-    assert real.to_do(config, runs) == every[5:] and real.to_do(real.RealConfig(), runs) == every
-    runs[0]["how"] = runs[0]["how"] | {"steps": 1}
-    with pytest.raises(UserError, match="last-none-0.5-generator-pretrained with other settings"):
-        real.to_do(config, runs)
+def test_finished_runs_on_real_pairs_are_not_repeated():
+    config = real.RealConfig(name="mine")
+    jobs = real.find_jobs(config, [])
+    assert len(set(jobs)) == len(jobs) == 3 * 18
+    settings, records = real.training_settings(config), []
+    for arm, seed in jobs[:5]:
+        records.append(real.make_record(config, arm, seed, settings, {}))
+    assert real.find_jobs(config, records) == jobs[5:]
+    assert len(real.find_jobs(real.RealConfig(), records)) == 3 * 18
+    records[0]["settings"] = {**settings, "steps": 1}
+    with pytest.raises(UserError, match="other settings"):
+        real.find_jobs(config, records)
+
+
+def write_benchmarks(folder):
+    """Small files in the formats of RM-Bench, candidates and solutions."""
+    styles = ["s", "a longer one", "the longest of the three"]
+    rejected = [f"{style}, but wrong" for style in styles]
+    pair = {"prompt": "Why?", "chosen": styles, "rejected": rejected, "domain": "chat"}
+    responses = []
+    for number in range(4):
+        responses.append({"text": "so " * (number + 1), "correct": number == 3})
+    rows = {
+        "rm_bench": [pair, {**pair, "prompt": "How?"}],
+        "candidates": [{"prompt": "Which?", "responses": responses}],
+        "steps": [],
+    }
+    for number in range(4):
+        steps = ["one step", "two steps", "three"]
+        row = {"prompt": f"{number}?", "steps": steps, "first_error": number % 3}
+        rows["steps"].append(row)
+    files = {}
+    for name, lines in rows.items():
+        files[name] = str(folder / f"{name}.jsonl")
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    return files
+
+
+def test_benchmarks_count_what_a_judge_prefers(inside, tmp_path):
+    config = real.RealConfig(**write_benchmarks(tmp_path))
+    benchmarks = real.Benchmarks(config, open_dataset("toy"))
+
+    def compute_rewards(examples):
+        return real.judge_rewards(real.LENGTH, 0, examples)
+
+    results = benchmarks.evaluate(compute_rewards)
+    assert len(results["held_out"]) == 20
+    assert results["rm_bench"] == "33" or results["rm_bench"] < "99"
+    assert results["rm_bench_hard"] == "00"
+    assert results["best_of_4"] == "1" and results["halving"] == "1"
+    assert len(results["first_error"]) == len(results["largest_drop"]) == 4
+    assert len(results["none_before_error"]) == 2
+
+
+# Pages --------------------------------------------------------------------------------
+
+
+def printed_rows():
+    """The values of every row of the printed tables: labels, means and differences."""
+    text = study.format_tables(STUDY_RECORDS) + "\n" + real.format_tables(REAL_RECORDS)
+    rows = []
+    for line in text.splitlines():
+        if line.startswith("|"):
+            values = set()
+            for cell in line.strip("| ").split("|"):
+                values |= {part.strip() for part in re.split(r"[()]", cell)}
+            rows.append(values)
+    return rows
+
+
+def round_numbers(text):
+    """Numbers with two decimals in place of three."""
+
+    def shorten(match):
+        sign = "+" if match[0].startswith("+") else ""
+        return f"{float(match[0]):{sign}.2f}"
+
+    return re.sub(r"[+-]?\d+\.\d{3}\b", shorten, text)
+
+
+def table_rows(page):
+    """The cells of the rows of all Markdown tables, without their headers."""
+    rows, lines = [], page.splitlines()
+    for number, line in enumerate(lines):
+        is_header = number + 1 < len(lines) and lines[number + 1].startswith("|-")
+        if line.startswith("| ") and not is_header:
+            cells = line.strip("| ").split("|")
+            rows.append({cell.strip().replace("`", "") for cell in cells} - {""})
+    return rows
+
+
+def test_tables_md_is_what_the_commands_print():
+    page = (ROOT / "lab" / "tables.md").read_text(encoding="utf-8")
+    assert study.format_tables(STUDY_RECORDS) in page
+    assert page.endswith(real.format_tables(REAL_RECORDS) + "\n")
+
+
+def test_tables_of_the_laboratory_are_of_its_records():
+    page = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
+    printed, n_rows = printed_rows(), 0
+    for row in table_rows(page[: page.index("## Speed")]):
+        assert any(row <= values for values in printed), row
+        n_rows += 1
+    assert n_rows > 30
+
+
+def test_the_table_of_the_readme_is_of_the_records():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = page[page.index("## What was found") :].split("\n## ")[0]
+    printed = []
+    for values in printed_rows():
+        printed.append(values | {round_numbers(value) for value in values})
+    rows = table_rows(section)
+    assert len(rows) >= 5
+    for row in rows:
+        labels = {"icrm, p = 1": {"icrm", "uniform"}}
+        cells = set()
+        for cell in row:
+            cells |= labels.get(cell, {cell})
+        assert any(cells <= values for values in printed), row
+
+
+def test_intervals_in_the_text_are_of_the_records():
+    page = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
+    text = "\n".join(line for line in page.splitlines() if not line.startswith("|"))
+    known = " ".join(" ".join(values) for values in printed_rows())
+    intervals = re.findall(r"\d\.\d{3} ± \d\.\d{3}", text)
+    assert intervals
+    for interval in intervals:
+        assert interval in known, interval

@@ -1,413 +1,752 @@
-"""Folders in Hugging Face's layout are read to the logits of the library that wrote them.
+"""Pretrained models in Hugging Face's layout give transformers' logits and tokens.
 
-tests/pretrained/ was made once with transformers 5.24 and torch 2.13: save_pretrained of a
-LlamaForCausalLM in float32, a Qwen2ForCausalLM in bfloat16 and a Qwen3ForCausalLM in float16, every
-weight drawn anew with std 0.3, norms' around 1; logits.json holds `tokens` and their `logits`.
+The models in tests/pretrained/ were made with transformers 5.24 and torch 2.13:
+save_pretrained of a LlamaForCausalLM in float32, a Qwen2ForCausalLM in bfloat16 and a
+Qwen3ForCausalLM in float16. All weights are random with a standard deviation of 0.3
+(norms: around 1). logits.json holds `tokens` and their `logits`. The tokenizers were
+trained with tokenizers 0.23, with the steps of each model.
 """
-import hashlib
+
+import fnmatch
 import json
+import os
 import shutil
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import sys
+import types
 from pathlib import Path
 
-import numpy as np
+import jinja2
 import pytest
 import torch
-from conftest import quick_generator, read_model, small_run
+from conftest import small_generator, small_run
 
 import generator
-import pretrained
 import train
-from config import UserError
-from data import hub, prepare
-from data import tokenizer as tokenizers
+from common import Stopped, UserError, load_checkpoint, read_json
+from data import prepare
 from data.dataset import open_dataset
-from data.files import file_digest, load_checkpoint, read_json, write_json
-from data.tokenizer_json import read_tokenizer
-from data.weights import read_config, read_safetensors
-from evaluate import load_reward_model, score
+from data.tokenizer import from_dict, make_tokenizer
 from lab import real
 from model import LanguageModel, ModelConfig
-from pretrained import write_safetensors
+from pretrained import export, find_folder
+from pretrained.export import ExportConfig, write_safetensors
+from pretrained.tokenizer import read_tokenizer
+from pretrained.weights import (
+    check_config,
+    load_pretrained,
+    read_config,
+    read_safetensors,
+)
 
 FOLDERS = Path(__file__).parent / "pretrained"
+TOKENIZERS = FOLDERS / "tokenizers"
 
 
-@pytest.fixture
-def copy_of(tmp_path):
-    """A function of a folder's name and changes to its config.json (...: no key) -> its copy."""
-    def copy(name="llama", **changes):
-        folder = shutil.copytree(FOLDERS / name, tmp_path / name, dirs_exist_ok=True)
-        settings = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(
-            {key: value for key, value in settings.items() if value is not ...}))
-        return folder
-    return copy
+def edit_config(folder, **changes):
+    """Change keys of a folder's config.json. A value of ... removes the key."""
+    path = folder / "config.json"
+    settings = {**json.loads(path.read_text()), **changes}
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    path.write_text(json.dumps(settings))
+
+
+def copy_model(name, tmp_path, **changes):
+    """Copy one of the models and change its config.json."""
+    folder = shutil.copytree(FOLDERS / name, tmp_path / name, dirs_exist_ok=True)
+    edit_config(folder, **changes)
+    return folder
+
+
+def same_weights(weights, expected):
+    return all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# Configurations and weights -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_the_logits_are_those_of_transformers(name):
-    model = read_model(FOLDERS / name)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.model.config.tied
+def test_logits_are_those_of_transformers(name):
+    model = load_pretrained(FOLDERS / name)
+    assert model.config.tied == (name != "qwen2")
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert is_tied == model.config.tied
     stored = json.loads((FOLDERS / name / "logits.json").read_text())
-    found = model.lm_head(model.model(torch.tensor(stored["tokens"]), torch.arange(12)[None]))
-    assert torch.allclose(found, torch.tensor(stored["logits"]), rtol=0, atol=1e-4)
+    tokens, positions = torch.tensor(stored["tokens"]), torch.arange(12)[None]
+    logits = model.lm_head(model.model(tokens, positions))
+    assert torch.allclose(logits, torch.tensor(stored["logits"]), rtol=0, atol=1e-4)
 
 
-def test_keys_of_older_files_say_the_same(copy_of):
-    old = dict(rope_parameters=..., rope_scaling=None, torch_dtype="float32", layer_types=...)
-    folder = copy_of("llama", rope_theta=5e5, head_dim=None, sliding_window=4096, **old)
-    assert read_config(folder / "config.json") == read_config(FOLDERS / "llama/config.json")
-    folder = copy_of("llama", tie_word_embeddings=..., num_key_value_heads=..., head_dim=..., **old)
-    found = read_config(folder / "config.json")
-    absent = {"rope_theta": 1e4, "tied": False, "n_kv_head": 4, "head_dim": 4}
-    assert found == found | absent
+def test_config_keys_of_older_versions_mean_the_same(tmp_path):
+    old = {
+        "rope_parameters": ...,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "layer_types": ...,
+    }
+    folder = copy_model(
+        "llama", tmp_path, rope_theta=5e5, head_dim=None, sliding_window=4096, **old
+    )
+    config = ModelConfig(**read_config(folder / "config.json"))
+    assert config == ModelConfig(**read_config(FOLDERS / "llama/config.json"))
+    absent = ("tie_word_embeddings", "num_key_value_heads", "head_dim")
+    folder = copy_model("llama", tmp_path, **dict.fromkeys(absent, ...), **old)
+    edit_config(folder, rope_theta=...)
+    config = ModelConfig(**read_config(folder / "config.json"))
+    assert config.rope_theta == 1e4 and not config.tied
+    assert config.n_kv_head == 4 and config.head_dim == 4
 
 
-@pytest.mark.parametrize("key, value", [
-    ("model_type", "mistral"), ("hidden_act", "gelu"), ("mlp_bias", True), ("attention_bias", True),
-    ("use_sliding_window", True), ("layer_types", ["sliding_attention"]), ("rope_parameters", [1]),
-    ("rope_scaling", {"rope_type": "llama3"}), ("rope_parameters", {"rope_type": "yarn"}),
-    ("partial_rotary_factor", 0.5), ("quantization_config", {"bits": 4}), ("vocab_size", ...),
-    ("tie_word_embeddings", "yes"), ("hidden_size", "16"), ("head_dim", -4)])
-def test_what_the_model_lacks_is_an_error_by_name(copy_of, key, value):
-    with pytest.raises(UserError, match=f"config.json: .*{key}"):
-        read_model(copy_of(**{key: value}))
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", "mistral"),
+        ("model_type", ...),
+        ("hidden_act", "gelu"),
+        ("mlp_bias", True),
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("layer_types", ["sliding_attention"]),
+        ("rope_parameters", [1]),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_scaling", {"rope_type": "llama3"}),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"bits": 4}),
+        ("vocab_size", ...),
+        ("tie_word_embeddings", "yes"),
+        ("hidden_size", "16"),
+        ("hidden_size", 16.0),
+        ("num_hidden_layers", 10**12),
+        ("rope_theta", None),
+        ("head_dim", -4),
+    ],
+)
+def test_a_key_that_is_not_implemented_is_an_error_that_names_it(tmp_path, key, value):
+    changes = {key: value}
+    if key == "rope_theta":
+        changes["rope_parameters"] = ...
+    folder = copy_model("llama", tmp_path, **changes)
+    with pytest.raises(UserError, match=f"config.json: {key} ") as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value)
+    (folder / "model.safetensors").unlink()  # the weights are not needed to see it
+    with pytest.raises(UserError, match=f"config.json: {key} "):
+        check_config(folder)
 
 
-@pytest.mark.parametrize("folder, name, weights, message", [
-    ("qwen2", "lm_head.weight", None, "Missing key.*lm_head"),
-    ("qwen2", "model.layers.7.bias", torch.ones(2), "Unexpected key.*model.layers.7.bias"),
-    ("qwen2", "model.norm.weight", torch.ones(2), "size mismatch for model.norm.weight"),
-    ("llama", "lm_head.weight", torch.ones(60, 16), "its LM head is its embedding, and holds two")])
-def test_weights_that_do_not_fit_are_named(copy_of, folder, name, weights, message):
-    folder = copy_of(folder)
-    found = read_safetensors(folder / "model.safetensors") | {name: weights}
-    write_safetensors(folder / "model.safetensors", {
-        key: value for key, value in found.items() if value is not None})
-    with pytest.raises(UserError, match=message):
-        read_model(folder)
+def test_check_config_accepts_what_is_implemented():
+    for name in ("llama", "qwen2", "qwen3"):
+        check_config(FOLDERS / name)
 
 
-# Whole folders -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "folder, name, weight, message",
+    [
+        ("qwen2", "lm_head.weight", None, "Missing key.*lm_head"),
+        ("llama", "model.embed_tokens.weight", None, "Missing key.*embed_tokens"),
+        (
+            "qwen2",
+            "model.layers.7.bias",
+            torch.ones(2),
+            "Unexpected key.*layers.7.bias",
+        ),
+        ("qwen2", "model.norm.weight", torch.ones(2), "size mismatch for model.norm"),
+        ("qwen2", "lm_head.weight", torch.ones(()), "size mismatch for lm_head"),
+        ("llama", "lm_head.weight", torch.ones(60, 16), "ties its LM head"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, folder, name, weight, message):
+    folder = copy_model(folder, tmp_path)
+    weights = read_safetensors(folder / "model.safetensors")
+    weights.pop(name, None)
+    if weight is not None:
+        weights[name] = weight
+    write_safetensors(folder / "model.safetensors", weights)
+    with pytest.raises(UserError, match=message) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_missing_cut_or_not_finite_are_an_error(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="is missing, damaged or in another format"):
+        read_safetensors(path)
+    for value in (torch.nan, torch.inf):
+        write_safetensors(path, {"a": torch.ones(2), "b": torch.tensor([1.0, value])})
+        with pytest.raises(UserError, match="b is not finite"):
+            read_safetensors(path)
+    write_safetensors(path, {"a": torch.ones(2)})
+    content = path.read_bytes()
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match="damaged"):
+            read_safetensors(path)
+
+
+# Whole folders ------------------------------------------------------------------------
+
 
 @pytest.fixture
 def base(tmp_path):
-    """A pretrained model of 383 tokens with room for 390, as SmolLM2's are laid out."""
+    """A pretrained model in the layout of SmolLM2.
+
+    Its tokenizer has 380 tokens, config.json has room for 390.
+    """
     folder = tmp_path / "base"
     shutil.copytree(FOLDERS / "llama", folder)
-    shutil.copy(FOLDERS / "tokenizers" / "smollm2.json", folder / "tokenizer.json")
+    shutil.copy(TOKENIZERS / "smollm2.json", folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text('{"pad_token": "<|im_end|>"}')
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {
-        "vocab_size": 390, "max_position_embeddings": 256}))
+    edit_config(folder, vocab_size=390, max_position_embeddings=256)
     torch.manual_seed(1)
     model = LanguageModel(ModelConfig(**read_config(folder / "config.json")))
-    weights = {name: 3 * w.detach() for name, w in model.model.named_parameters("model")}
+    weights = {}
+    for name, weight in model.model.named_parameters("model"):
+        weights[name] = 3 * weight.detach()
     write_safetensors(folder / "model.safetensors", weights)
     return folder
 
 
+def write_pairs(path):
+    """24 pairs of a prompt, a chosen and a rejected response."""
+    lines = []
+    for i in range(24):
+        pair = {
+            "prompt": f"\n\nHuman: number {i}?\n\nAssistant:",
+            "chosen": f" it is {i}, of course",
+            "rejected": f" nobody{' ever' * (i % 5)} knows",
+        }
+        lines.append(json.dumps(pair))
+    Path(path).write_text("\n".join(lines))
+
+
 @pytest.fixture
 def prepared(base, monkeypatch):
-    """data/mine, 24 pairs in the base's tokens, and the base as its generator; -> the base"""
+    """The base, data/mine in its tokens, and the generator that is the base itself."""
     monkeypatch.chdir(base.parent)
-    rows = [{"prompt": f"\n\nHuman: number {i}?\n\nAssistant:", "chosen": f" it is {i}, of course",
-             "rejected": f" nobody{' ever' * (i % 5)} knows"} for i in range(24)]
-    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepare.main(prepare.PrepareConfig(name="mine", input="pairs.jsonl", tokenizer=str(base),
-                                       block_size=64, val_share=0.3))
-    generator.main(generator.GeneratorConfig(dataset="mine", init_from=str(base), steps=0,
-                                             device="cpu"))
+    write_pairs("pairs.jsonl")
+    config = prepare.PrepareConfig(
+        name="mine",
+        input="pairs.jsonl",
+        tokenizer=str(base),
+        block_size=64,
+        val_share=0.3,
+    )
+    prepare.main(config)
+    config = generator.GeneratorConfig(
+        dataset="mine", init_from=str(base), steps=0, device="cpu"
+    )
+    generator.main(config)
     return base
 
 
-def run(out_dir, **more):
-    train.main(small_run(out_dir, dataset="mine", **more))
+def run(out_dir, **changes):
+    """Train a small reward model on data/mine. Returns its checkpoint."""
+    train.main(small_run(out_dir, dataset="mine", **changes))
     return load_checkpoint(out_dir, "reward model")
 
 
-def test_a_generator_that_is_not_trained_is_its_folders_model(prepared):
-    """With --steps=0, as in the paper's mathematics runs; rows of its vocabulary that its tokenizer
-    cannot make are gone, and its context is the dataset's."""
-    weights = read_model(prepared).state_dict()
-    kept = load_checkpoint("out/mine-generator", "generator")
+def test_a_generator_that_is_not_trained_is_the_pretrained_model(prepared):
+    """As in the paper's mathematics runs (--steps=0).
+
+    Rows of the vocabulary that the tokenizer cannot produce are left out. The context
+    is the dataset's.
+    """
+    weights = load_pretrained(prepared).state_dict()
+    checkpoint = load_checkpoint("out/mine-generator", "generator")
     for name, weight in weights.items():
-        assert torch.equal(kept["model"][name], weight[:380])
-    assert kept["model_config"]["block_size"] == 64 and kept["model_config"]["vocab_size"] == 380
+        assert torch.equal(checkpoint["model"][name], weight[:380])
+    assert checkpoint["model_config"]["block_size"] == 64
+    assert checkpoint["model_config"]["vocab_size"] == 380
 
 
 def test_a_folder_and_a_dataset_that_do_not_fit_are_refused(prepared):
-    own = open_dataset("mine").tokenizer
+    own_tokenizer = open_dataset("mine").tokenizer
     with pytest.raises(UserError, match="tokenizer is bpe:300, not that of"):
-        read_model(prepared, tokenizers.make("bpe:300", ["some text"]))
-    with pytest.raises(UserError, match="reads 256 tokens, the dataset's rows have up to 257"):
-        read_model(prepared, own, 257)
-    settings = json.loads((prepared / "config.json").read_text())
-    (prepared / "config.json").write_text(json.dumps(settings | {"vocab_size": 379}))
-    with pytest.raises(UserError, match="knows 379 tokens, its tokenizer.json 380"):
-        read_model(prepared, own)
+        load_pretrained(prepared, make_tokenizer("bpe:300", ["some text"]))
+    with pytest.raises(UserError, match="256 tokens, the dataset's rows .* up to 257"):
+        load_pretrained(prepared, own_tokenizer, 257)
+    edit_config(prepared, vocab_size=379)
+    with pytest.raises(UserError, match="379 tokens in config.json, but 380 in tok"):
+        load_pretrained(prepared, own_tokenizer)
+    edit_config(prepared, vocab_size=385)  # the weights have 390 rows
+    with pytest.raises(UserError, match="size mismatch for model.embed_tokens"):
+        load_pretrained(prepared, own_tokenizer)
+
+
+def test_preparing_data_for_a_model_that_is_not_implemented_is_an_error(
+    base, monkeypatch
+):
+    monkeypatch.chdir(base.parent)
+    write_pairs("pairs.jsonl")
+    edit_config(base, rope_scaling={"rope_type": "llama3"})
+    config = prepare.PrepareConfig(
+        name="mine", input="pairs.jsonl", tokenizer=str(base)
+    )
+    with pytest.raises(UserError, match="config.json: rope_scaling .*llama3"):
+        prepare.main(config)
 
 
 def test_several_files_are_read_as_one(base):
-    whole = read_safetensors(base / "model.safetensors")
-    names = list(whole)
+    single = read_safetensors(base / "model.safetensors")
+    names = list(single)
     (base / "model.safetensors").unlink()
-    for number, some in ((1, names[:5]), (2, names[5:])):
-        file = base / f"model-0000{number}-of-00002.safetensors"
-        write_safetensors(file, {name: whole[name] for name in some})
-    found = read_model(base).state_dict()
-    assert found.keys() == whole.keys() | {"lm_head.weight"}
-    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
-    other = shutil.copy(file, base / "model-00002-of-00003.safetensors")
+    for number, part in ((1, names[:5]), (2, names[5:])):
+        path = base / f"model-0000{number}-of-00002.safetensors"
+        write_safetensors(path, {name: single[name] for name in part})
+    weights = load_pretrained(base).state_dict()
+    assert weights.keys() == single.keys() | {"lm_head.weight"}
+    assert same_weights(weights, single)
+    stray_file = Path(shutil.copy(path, base / "model-00002-of-00003.safetensors"))
     with pytest.raises(UserError, match="holds the parts of more than one model"):
-        read_model(base)
-    other.unlink()
-    file.unlink()
-    with pytest.raises(UserError, match="the weights of .* do not fit: .*Missing key"):
-        read_model(base)
+        load_pretrained(base)
+    stray_file.unlink()
+    path.unlink()
+    with pytest.raises(UserError, match="weights in .* do not fit .*Missing key"):
+        load_pretrained(base)
 
 
-def test_stored_states_of_frozen_blocks_give_the_rewards_of_all_blocks(prepared):
-    kept = run("out/a", unfrozen=1)
+def test_train_last_layers_changes_only_the_last_layers(prepared):
+    trained = run("out/a", train_last_layers=1)["model"]
     before = load_checkpoint("out/mine-generator", "generator")["model"]
-    changed = {name for name in before if not torch.equal(kept["model"][name], before[name])}
-    assert changed and all("layers.1" in name or name in ("model.norm.weight", "lm_head.weight")
-                           for name in changed)
-    model, _, _ = load_reward_model("out/a", "cpu")
-    split = open_dataset("mine").split("val")
-    rows = [split[i] for i in range(len(split))]
-    split.below = np.load("out/mine-generator/val-below-1.npy")
-    states = [split[i] for i in range(len(split))]
-    model.model.frozen = 1
-    for all_blocks, above in zip(score(model, rows), score(model, states)):
-        for a, b in zip(all_blocks, above):
-            assert np.abs(a - b).max() < 1e-3 and not np.array_equal(a, b)
-    file, said = (Path(f"out/mine-generator/train-below-1.{kind}") for kind in ("npy", "json"))
-    right, about = np.load(file), read_json(said, "train.py")
-    np.save(file, 0 * right)        # what is stored for these weights is read
-    write_json(said, about | {"digest": file_digest(file)})
-    other = run("out/b", unfrozen=1)["model"]
-    assert not torch.equal(other["score.weight"], kept["model"]["score.weight"])
-    for key in about:               # and for other ones made again, and where it is damaged
-        write_json(said, about | {key: "other"})
-        np.save(file, 0 * right)
-        again = run("out/b", unfrozen=1)["model"]
-        assert all(torch.equal(again[name], weight) for name, weight in kept["model"].items())
-    with pytest.raises(UserError, match="--unfrozen=3, and there are 2 blocks"):
-        run("out/c", unfrozen=3)
+    changed = set()
+    for name, weight in before.items():
+        if not torch.equal(trained[name], weight):
+            changed.add(name)
+    assert any("layers.1" in name for name in changed)
+    for name in changed:
+        assert "layers.1" in name or name in ("model.norm.weight", "lm_head.weight")
+    with pytest.raises(UserError, match="--train_last_layers=3, but there are 2"):
+        run("out/b", train_last_layers=3)
 
 
-def test_an_exported_model_is_the_trained_one_in_the_layout_it_came_in(prepared):
-    kept = run("out/a")
-    pretrained.main(pretrained.ExportConfig("out/a", "exported"))
-    found = read_safetensors(Path("exported/model.safetensors"))
-    assert found.keys() == kept["model"].keys() - {"lm_head.weight"}
-    assert all(torch.equal(weight, kept["model"][name]) for name, weight in found.items())
-    settings = json.loads(Path("exported/config.json").read_text())
-    assert settings["architectures"] == ["LlamaForSequenceClassification"]
-    assert settings["vocab_size"] == 380 and settings["max_position_embeddings"] == 256
-    about = json.loads(Path("exported/tokenizer_config.json").read_text())
+# Export -------------------------------------------------------------------------------
+
+
+def test_an_exported_model_is_the_trained_one_in_its_original_layout(prepared):
+    checkpoint = run("out/a")
+    export.main(ExportConfig("out/a", "exported"))
+    weights = read_safetensors(Path("exported/model.safetensors"))
+    assert weights.keys() == checkpoint["model"].keys() - {"lm_head.weight"}
+    assert same_weights(checkpoint["model"], weights)
+    config = json.loads(Path("exported/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["vocab_size"] == 380 and config["max_position_embeddings"] == 256
+    tokenizer_config = json.loads(Path("exported/tokenizer_config.json").read_text())
     tokenizer = read_tokenizer("exported")
-    assert tokenizer.special[about["pad_token"]] == settings["pad_token_id"]
-    assert settings["pad_token_id"] != tokenizer.end_of_text
+    pad = tokenizer.special[tokenizer_config["pad_token"]]
+    assert pad == config["pad_token_id"] != tokenizer.end_of_text
     assert tokenizer.fingerprint == open_dataset("mine").tokenizer.fingerprint
-    quick_generator("mine", "out/own-generator", steps=2)
-    run("out/own", generator="out/own-generator", unfrozen=0)
-    run("out/sum", readout="sum")
-    for name, why in (("own", "did not start from a pretrained model"),
-                      ("sum", "only --readout=last")):
-        with pytest.raises(UserError, match=why):
-            pretrained.main(pretrained.ExportConfig(f"out/{name}", "exported"))
-    before = read_model(prepared).state_dict()
-    with pytest.raises(UserError, match="base holds the pretrained model itself"):
-        pretrained.main(pretrained.ExportConfig("out/a", "base/../base"))
-    assert all(torch.equal(weight, before[name])
-               for name, weight in read_model(prepared).state_dict().items())
     assert "trained from base.\n" in Path("exported/README.md").read_text()
-    (prepared / "tokenizer_config.json").rename("kept.json")
+
+
+def test_a_model_that_other_programs_cannot_run_is_not_exported(prepared):
+    small_generator("mine", "out/own-generator", steps=2)
+    run("out/own", generator="out/own-generator")
+    run("out/sum", prefix_reward="sum")
+    reasons = {
+        "own": "did not start from a pretrained model",
+        "sum": "only compute --prefix_reward=last",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=reason):
+            export.main(ExportConfig(f"out/{name}", "exported"))
+    assert not Path("exported").exists()
+
+
+def test_an_export_never_replaces_the_pretrained_model_and_is_whole(prepared):
+    run("out/a")
+    before = load_pretrained(prepared).state_dict()
+    with pytest.raises(UserError, match="base is the pretrained model itself"):
+        export.main(ExportConfig("out/a", "base/../base"))
+    assert same_weights(load_pretrained(prepared).state_dict(), before)
+    with pytest.raises(UserError, match="--out=FOLDER"):
+        export.main(ExportConfig("out/a"))
+    (prepared / "tokenizer_config.json").rename("moved.json")
     with pytest.raises(UserError, match="tokenizer_config.json is missing"):
-        pretrained.main(pretrained.ExportConfig("out/a", "half"))
+        export.main(ExportConfig("out/a", "half"))
     assert not Path("half").exists()
-    shutil.copy(FOLDERS / "tokenizers" / "qwen.json", prepared / "tokenizer.json")
-    with pytest.raises(UserError, match="base, .* started from, has another tokenizer now"):
-        pretrained.main(pretrained.ExportConfig("out/a", "exported"))
+    shutil.copy(TOKENIZERS / "qwen.json", prepared / "tokenizer.json")
+    with pytest.raises(UserError, match="base, .* started, has another tokenizer now"):
+        export.main(ExportConfig("out/a", "exported"))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3"])
+def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
+    tmp_path, name
+):
+    shutil.copy(TOKENIZERS / f"{name}.json", tmp_path / "tokenizer.json")
+    tokenizer = read_tokenizer(tmp_path)
+    template = jinja2.Template(export.chat_template(tokenizer.chat_format))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi\nthere"},
+        {"role": "assistant", "content": "Yes?"},
+    ]
+    text = template.render(messages=messages)
+    prompt = "\n\nSystem: Be brief.\n\nHuman: Hi\nthere\n\nAssistant:"
+    tokens = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(" Yes?")
+    assert tokenizer.encoding.encode(text, allowed_special="all") == tokens
+
+
+# The study on real pairs --------------------------------------------------------------
+
+
+def write_lines(path, rows):
+    Path(path).write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def write_benchmarks():
+    """Three small benchmarks for lab/real.py, as files in the current folder."""
+    texts = [f"answer {i}" for i in range(6)]
+    candidates = [{"text": text, "correct": text[-1] == "3"} for text in texts]
+    styles, sets, solutions = [], [], []
+    for i in range(3):
+        styles.append({"chosen": texts[:3], "rejected": texts[3:], "domain": "chat"})
+        solutions.append({"steps": texts[:3], "first_error": i})
+    for _ in range(4):
+        sets.append({"responses": candidates})
+    files = {"styles": styles, "candidates": sets, "steps": solutions}
+    for name, rows in files.items():
+        rows = [{"prompt": f"Q{i}?", **row} for i, row in enumerate(rows)]
+        write_lines(f"{name}.jsonl", rows)
 
 
 @pytest.mark.slow
-def test_a_run_of_the_study_on_real_labels_is_measured_on_all_that_it_names(prepared, monkeypatch):
-    monkeypatch.setattr(real, "RESULTS", Path("real.jsonl").resolve())
-    monkeypatch.setattr(real, "UNFROZEN", 1)
-    monkeypatch.setattr(real, "TRAINING", dict(steps=2, batch_size=8))
-    monkeypatch.setattr(real, "to_do", lambda *_: [(real.Arm("last"), 0), (real.ARMS[-1], 0)])
-    monkeypatch.setattr(real, "SCRATCH", dict(n_layer=1, n_head=2, n_embd=16))
-    texts = [f"answer {i}" for i in range(6)]
-    rows = {"styles": [{"prompt": f"Q{i}?", "chosen": texts[:3], "rejected": texts[3:],
-                        "domain": "chat"} for i in range(3)],
-            "candidates": [{"prompt": f"Q{i}?", "responses": [
-                {"text": text, "correct": text[-1] == "3"} for text in texts]} for i in range(4)],
-            "steps": [{"prompt": f"Q{i}?", "steps": texts[:3], "first_error": i} for i in range(3)]}
-    for name, some in rows.items():
-        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
-    real.main(real.RealConfig(str(prepared), "mine", rm_bench="styles.jsonl", dtype="float32",
-                              candidates="candidates.jsonl", steps="steps.jsonl"))
-    runs = list(map(json.loads, Path("real.jsonl").read_text().splitlines()))
-    assert {one["arm"] for one in runs[:6]} == {*real.JUDGES} and len(runs) == 8
-    assert runs[0]["held out"] == "".join(str(int(len(a) > len(b))) for a, b in (
-        open_dataset("mine").split("val")[i].responses for i in range(len(runs[0]["held out"]))))
-    for one in runs[6:]:
-        measured = read_json(f"out/real/mine/{one['arm']}-seed0/eval.json", "x")["splits"]["val"]
-        hits = list(map(int, one["held out"]))
-        assert len(hits) == measured["n"] and np.mean(hits) == measured["accuracy"]
-        assert [len(one[name]) for name in list(real.MEASURES)[1:]] == [3, 3, 4, 4, 3, 2, 3]
-        assert max(map(int, one["RM-Bench hard"])) <= 3 and 0 < one["spent"] <= 1
-    shutil.copytree(prepared, "else/base")
-    with pytest.raises(UserError, match="out/real/mine/base is of .*base; move it away"):
-        real.main(real.RealConfig("else/base", "mine"))
+def test_a_run_on_real_pairs_is_measured_on_every_benchmark(prepared, monkeypatch):
+    jobs = [(real.ARMS[0], 0), (real.ARMS[-1], 0)]
+    monkeypatch.setattr(real, "find_jobs", lambda config, records: jobs)
+    training = {"steps": 2, "batch_size": 8, "train_last_layers": 1}
+    monkeypatch.setattr(real, "TRAINING", training)
+    write_benchmarks()
+    config = real.RealConfig(
+        results="real.jsonl",
+        init_from=str(prepared),
+        name="mine",
+        rm_bench="styles.jsonl",
+        candidates="candidates.jsonl",
+        steps="steps.jsonl",
+        dtype="float32",
+        workers=1,
+    )
+    real.main(config)
+    lines = Path("real.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    n_judged = len(real.JUDGES) * len(real.SEEDS)
+    assert len(records) == n_judged + 2
+    regularizers = {record["regularizer"] for record in records[:n_judged]}
+    assert regularizers == {"length", "random"}
+
+    longer_is_chosen = ""
+    for example in open_dataset("mine").split("val"):
+        chosen, rejected = example.responses
+        longer_is_chosen += str(int(len(chosen) > len(rejected)))
+    assert records[0]["held_out"] == longer_is_chosen
+    n_cases = {
+        "rm_bench": 3,
+        "rm_bench_hard": 3,
+        "best_of_4": 4,
+        "halving": 4,
+        "first_error": 3,
+        "none_before_error": 2,
+        "largest_drop": 3,
+    }
+    for (arm, _), record in zip(jobs, records[n_judged:]):
+        name = "-".join(str(part) for part in arm)
+        path = Path("out/real/mine") / f"{name}-seed0" / "eval.json"
+        metrics = read_json(path, "python train.py")["splits"]["val"]
+        hits = [int(digit) for digit in record["held_out"]]
+        assert len(hits) == metrics["n"]
+        assert sum(hits) / len(hits) == metrics["accuracy"]
+        for name, count in n_cases.items():
+            assert len(record[name]) == count
+        assert max(int(digit) for digit in record["rm_bench_hard"]) <= 3
+        assert not (path.parent / "ckpt.pt").exists()
 
 
-# The hub -----------------------------------------------------------------------------------------
+# The hub ------------------------------------------------------------------------------
+
 
 @pytest.fixture
-def served(base, tmp_path, monkeypatch):
-    """A hub with owner/model, whose files are those of the base and more. -> what it serves,
-    {file's name: content}; what it says of them stays; None: not there."""
-    true = {path.name: path.read_bytes() for path in base.iterdir()}
-    true |= {"README.md": b"-", "original/model.safetensors": b"-", "pytorch_model.bin": b"-"}
-    found, about = dict(true), []
-    for name, body in true.items():
-        blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-        about.append({"rfilename": name, "blobId": blob})
-        if name.endswith("model.safetensors"):
-            about[-1]["lfs"] = {"sha256": hashlib.sha256(body).hexdigest()}
+def hub(base, tmp_path, monkeypatch):
+    """A stand-in for the package huggingface_hub. Its only model, owner/model, is base.
 
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = found.get(self.path.removeprefix("/owner/model/resolve/c0ffee/"))
-            if self.path == "/api/models/owner/model?blobs=true":
-                body = json.dumps({"sha": "c0ffee", "siblings": about}).encode()
-            self.send_response(404 if body is None else 200)
-            self.send_header("Content-Length", str(len(body or b"") + found.get("cut", 0)))
-            self.end_headers()
-            self.wfile.write(body or b"")
-            self.wfile.flush()
-            time.sleep(found.get("stalls", 0))
+    hub.downloads lists the file patterns that were asked for. Other models raise
+    hub.error.
+    """
+    module = types.ModuleType("huggingface_hub")
+    module.downloads, module.error = [], OSError("no route\nto host")
+    for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors"):
+        (base / name).write_text("-")
 
-        def log_message(self, *_):
-            pass
+    def snapshot_download(name, allow_patterns):
+        module.downloads.append(allow_patterns)
+        if name != "owner/model":
+            raise module.error
+        cache = tmp_path / "cache"
+        cache.mkdir(exist_ok=True)
+        for path in base.iterdir():
+            for pattern in allow_patterns:
+                if fnmatch.fnmatch(path.name, pattern):
+                    shutil.copy(path, cache)
+        return str(cache)
 
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(hub, "HUB", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-        yield found
-        server.shutdown()
+    module.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return module
 
 
-def test_a_model_on_the_hub_is_fetched_once_and_checked(served, base, tmp_path, monkeypatch):
-    """And a file that is not what the hub says of it is not kept."""
-    for name in ("model.safetensors", "config.json"):
-        right = served[name]
-        for body in (right[:-1] + b"?", right[:9], None):
-            served[name] = body
-            with pytest.raises(UserError, match="owner/model .* could not be fetched from http"):
-                hub.find_folder("owner/model")
-            assert not list((tmp_path / "cache").rglob(name + "*"))
-        served[name] = right
-    served["cut"] = 9           # the connection ends before the file does
-    with pytest.raises(UserError, match="owner/model is no folder here and could not be fetched"):
-        hub.find_folder("owner/model")
-    served["stalls"] = 2        # or the hub falls silent before that
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="fetched.*timed out"):
-        patch.setattr(hub, "TIMEOUT", 0.5)
-        hub.find_folder("owner/model")
-    del served["cut"], served["stalls"]
-    found, expected = (read_model(one).state_dict() for one in ("owner/model", base))
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    monkeypatch.setattr(hub, "HUB", "http://127.0.0.1:9")       # nobody is asked again
-    assert {path.name for path in hub.find_folder("owner/model").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    with pytest.raises(UserError, match="owner/other .* could not be fetched.*connect, or"):
-        hub.find_folder("owner/other")
+def file_names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_model_on_the_hub_is_downloaded(hub, base):
+    small_files = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    check_config("owner/model")
+    assert file_names(find_folder("owner/model")) == small_files
+    tokenizer = read_tokenizer("owner/model")
+    assert tokenizer.fingerprint == read_tokenizer(base).fingerprint
+    assert tokenizer.name == "owner/model"
+    weights = load_pretrained("owner/model", tokenizer).state_dict()
+    expected = load_pretrained(base, tokenizer).state_dict()
+    assert weights.keys() == expected.keys() and same_weights(weights, expected)
+    files = file_names(find_folder("owner/model"))
+    assert files == small_files | {"model.safetensors"}
+
+
+def test_weights_in_several_files_are_downloaded(hub, base):
+    weights = base / "model.safetensors"
+    weights.rename(base / "model-00001-of-00001.safetensors")
+    load_pretrained("owner/model")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("a\nb"), ValueError("a b"), RuntimeError("a b"), Exception("a b")]
+)
+def test_a_download_that_fails_is_one_line(hub, error):
+    hub.error = error
+    message = f"owner/other could not be downloaded .{type(error).__name__}: a b"
+    with pytest.raises(UserError, match=message) as caught:
+        find_folder("owner/other")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_signal_during_a_download_is_not_an_error_of_the_download(hub):
+    hub.error = Stopped(15)
+    with pytest.raises(Stopped):
+        find_folder("owner/other")
+
+
+def test_without_huggingface_hub_the_error_names_the_package(base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # import raises
+    with pytest.raises(UserError, match="owner/model .*pip install huggingface_hub"):
+        load_pretrained("owner/model")
+    assert load_pretrained(base)  # a folder does not need it
+
+
+def test_a_name_that_cannot_be_on_the_hub_is_not_asked_for(hub):
     for name in ("neither", "../a/b", "owner/model/file", "a/..", "/nowhere/at/all"):
-        with pytest.raises(UserError, match="neither a folder nor a hub's"):
-            hub.find_folder(name)
+        with pytest.raises(UserError, match="neither a folder nor OWNER/MODEL"):
+            find_folder(name)
+    assert not hub.downloads
 
 
-# tokenizer.json ----------------------------------------------------------------------------------
+# Tokenizers ---------------------------------------------------------------------------
+
+
+def copy_tokenizer(name, folder):
+    """Read one of the tokenizers from a folder of its own."""
+    shutil.copy(TOKENIZERS / f"{name}.json", folder / "tokenizer.json")
+    return read_tokenizer(folder)
+
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3"])
 def test_tokens_are_those_of_the_library_that_wrote_the_file(tmp_path, name):
-    """tokenizers/ was made with tokenizers 0.23: a BpeTrainer each, with that model's steps."""
-    shutil.copy(FOLDERS / "tokenizers" / f"{name}.json", tmp_path / "tokenizer.json")
-    stored = json.loads((FOLDERS / "tokenizers" / "ids.json").read_text())
-    tokenizer = tokenizers.from_dict(json.loads(json.dumps(read_tokenizer(tmp_path).to_dict())))
-    assert [tokenizer.encode(text) for text in stored["texts"]] == stored["ids"][name]
+    saved = json.loads(json.dumps(copy_tokenizer(name, tmp_path).to_dict()))
+    tokenizer = from_dict(saved)
+    assert tokenizer.is_pretrained
+    stored = json.loads((TOKENIZERS / "ids.json").read_text())
+    for text, ids in zip(stored["texts"], stored["ids"][name]):
+        assert tokenizer.encode(text) == ids
 
 
-TURNS = {"smollm2": ("<|im_start|>system\nBe brief.<|im_end|>\n",
-                     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
-         "llama3": ("<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
-                    "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-                    "<|start_header_id|>assistant<|end_header_id|>\n\n")}
+TURNS = {
+    "smollm2": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "llama3": (
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TURNS)
-def test_dialogues_are_written_in_the_models_own_turns(tmp_path, name):
-    shutil.copy(FOLDERS / "tokenizers" / f"{name}.json", tmp_path / "tokenizer.json")
-    tokenizer = read_tokenizer(tmp_path)
+def test_dialogues_are_written_in_the_chat_format_of_the_model(tmp_path, name):
+    tokenizer = copy_tokenizer(name, tmp_path)
     start = "<|begin_of_text|>" if name == "llama3" else ""
     system, user = TURNS[name]
-    for text, turns in (("\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:", system + user),
-                        ("Human: Hi\n\nAssistant: ", user), ("\n\nHuman: Hi\n\nAssistant:", user),
-                        ("Hi", user)):      # a plain prompt is the user's turn
+    prompts = {
+        "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:": system + user,
+        "Human: Hi\n\nAssistant: ": user,
+        "\n\nHuman: Hi\n\nAssistant:": user,
+        "Hi": user,  # a plain prompt is one turn of the user
+    }
+    for prompt, turns in prompts.items():
         expected = tokenizer.encoding.encode(start + turns, allowed_special="all")
-        assert tokenizer.encode_prompt(text) == expected
-    assert tokenizer.encode_reply(" Yes") == tokenizer.encode("Yes") + [tokenizer.end_of_text]
+        assert tokenizer.encode_prompt(prompt) == expected
+    response = tokenizer.encode("Yes") + [tokenizer.end_of_text]
+    assert tokenizer.encode_response(" Yes") == response
 
 
-def test_a_prompt_that_is_cut_keeps_what_every_dialogue_starts_with(tmp_path):
-    shutil.copy(FOLDERS / "tokenizers" / "llama3.json", tmp_path / "tokenizer.json")
-    tokenizer = read_tokenizer(tmp_path)
+def test_a_model_without_a_chat_format_reads_dialogues_as_they_are(tmp_path):
+    content = json.loads((TOKENIZERS / "qwen.json").read_text())
+    content["added_tokens"] = content["added_tokens"][:1]  # <|endoftext|>
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = from_dict(read_tokenizer(tmp_path).to_dict())
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    assert tokenizer.is_pretrained
+    assert tokenizer.encode_prompt(prompt) == tokenizer.encode(prompt)
+    assert tokenizer.encode_response(" Yes") == tokenizer.encode(" Yes") + [380]
+    assert tokenizer.truncate_prompt([1, 2, 3], 2) == [2, 3]
+
+
+def test_a_truncated_prompt_keeps_what_every_prompt_starts_with(tmp_path):
+    tokenizer = copy_tokenizer("llama3", tmp_path)
     prompt = tokenizer.encode_prompt("a question that is too long")
     for room in range(2, len(prompt)):
-        assert tokenizer.cut(prompt, room) == prompt[:1] + prompt[1 - room:]
-    assert tokenizer.cut(prompt, 1) == prompt[-1:]
-    assert tokenizer.cut(prompt, len(prompt)) == tokenizer.cut(prompt, 10**6) == prompt
+        truncated = prompt[:1] + prompt[1 - room :]
+        assert tokenizer.truncate_prompt(prompt, room) == truncated
+    assert tokenizer.truncate_prompt(prompt, 1) == prompt[-1:]
+    for room in (len(prompt), 10**6):
+        assert tokenizer.truncate_prompt(prompt, room) == prompt
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen", "llama3"])
-def test_a_special_tokens_name_in_data_is_plain_text(tmp_path, name):
-    shutil.copy(FOLDERS / "tokenizers" / f"{name}.json", tmp_path / "tokenizer.json")
+def test_the_name_of_a_special_token_in_data_is_plain_text(tmp_path, name):
+    tokenizer = copy_tokenizer(name, tmp_path)
+    special = set(tokenizer.special.values())
+
+    def count_special(text):
+        return sum(token in special for token in tokenizer.encode_prompt(text))
+
+    for text in tokenizer.special:
+        assert not special & set(tokenizer.encode(text))
+        assert not special & set(tokenizer.encode_response(text)[:-1])
+        assert count_special(text) == count_special("a")
+
+
+def add_tokens(folder, *added):
+    """Write qwen's tokenizer with more added tokens. Returns it as read."""
+    content = json.loads((TOKENIZERS / "qwen.json").read_text())
+    for number, token in enumerate(added):
+        content["added_tokens"].append({"id": 383 + number, "special": False, **token})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return read_tokenizer(folder)
+
+
+def test_an_added_token_that_is_not_special_is_read_as_one_token(tmp_path):
+    """As in transformers, for instance <think> of Qwen 3. The longest one is read."""
+    tokenizer = add_tokens(
+        tmp_path,
+        {"content": "<think>"},
+        {"content": "</think>"},
+        {"content": "<think>>"},
+        {"content": "<secret>", "special": True},
+    )
+    tokenizer = from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    tokens = tokenizer.encode("a <think>\nb</think>c")
+    expected = [*tokenizer.encode("a "), 383, *tokenizer.encode("\nb"), 384]
+    assert tokens == expected + tokenizer.encode("c")
+    assert tokenizer.encode("<think>><think>") == [385, 383]
+    assert tokenizer.encode("<think>\u0338") == [383, *tokenizer.encode("\u0338")]
+    assert tokenizer.encode_response("<think>")[:-1] == [383]
+    assert 383 in tokenizer.encode_prompt("Human: <think>\n\nAssistant:")
+    assert 386 not in tokenizer.encode("<secret>")
+    assert tokenizer.decode(tokens) == "a <think>\nb</think>c"
+    assert tokenizer.fingerprint != copy_tokenizer("qwen", tmp_path).fingerprint
+    assert export.choose_padding(tokenizer) == "<|endoftext|>"
+
+
+def test_the_tokens_of_a_chat_format_never_come_from_data(tmp_path):
+    content = json.loads((TOKENIZERS / "qwen.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = read_tokenizer(tmp_path)
-    numbers = set(tokenizer.special.values())
-    for said in tokenizer.special:
-        assert not numbers & {*tokenizer.encode(said), *tokenizer.encode_reply(said)[:-1]}
-        counts = [sum(i in numbers for i in tokenizer.encode_prompt(text)) for text in (said, "a")]
-        assert counts[0] == counts[1]
+    assert tokenizer.encode("<|endoftext|>") == [380]
+    for name in ("<|im_start|>", "<|im_end|>"):
+        assert tokenizer.special[name] not in tokenizer.encode(name)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model": {"type": "Unigram"}}, "type 'Unigram'"),
-    ({"model": {"byte_fallback": True}}, "byte_fallback True"),
-    ({"model": {"unk_token": "<unk>"}}, "unk_token '<unk>'"),
-    ({"model": {"merges": [["b", "c"], ["a", "b"]], "vocab": {"ab": 500, "bc": 501}}},
-     "not in the order"),
-    ({"model": {"merges": []}}, "no merge makes the tokens"),
-    ({"normalizer": {"type": "Lowercase"}}, "normalizer {'type': 'Lowercase'}"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
-    ({"pre_tokenizer": None}, "pre_tokenizer"),
-    ({"added_tokens": []}, "no known end of a response"),
-    ({"added_tokens": [{"content": "<|im_end|>", "id": 10**6}]}, r"no <\|im_start\|> among"),
-    ({"added_tokens": [{"content": "<|endoftext|>", "id": 5}]}, "two tokens have one id"),
-    ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "two tokens have one id"),
-    ({"added_tokens": 3}, "damaged or of another kind"), ({"model": []}, "damaged or of another")])
-def test_what_is_unknown_in_a_tokenizer_is_an_error_by_name(tmp_path, change, message):
-    found = json.loads((FOLDERS / "tokenizers" / "qwen.json").read_text())
+@pytest.mark.parametrize("key", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_an_added_token_that_is_matched_in_another_way_is_an_error(tmp_path, key):
+    with pytest.raises(UserError, match=f"{key} of the added token '<a>' is not impl"):
+        add_tokens(tmp_path, {"content": "<a>", key: True})
+    add_tokens(tmp_path, {"content": "<a>", "special": True, key: True})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": {"type": "Unigram"}}, "type 'Unigram'"),
+        ({"model": {"byte_fallback": True}}, "byte_fallback True"),
+        ({"model": {"unk_token": "<unk>"}}, "unk_token '<unk>'"),
+        (
+            {
+                "model": {
+                    "merges": [["b", "c"], ["a", "b"]],
+                    "vocab": {"ab": 500, "bc": 501},
+                }
+            },
+            "not in the order",
+        ),
+        ({"model": {"merges": []}}, "no merge makes the tokens"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer {'type': 'Lowercase'}"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
+        ({"pre_tokenizer": None}, "pre_tokenizer"),
+        ({"added_tokens": []}, "none of the added tokens .* ends a response"),
+        (
+            {"added_tokens": [{"content": "<|im_end|>", "id": 10**6}]},
+            r"<\|im_start\|> is missing",
+        ),
+        ({"added_tokens": [{"content": "<|endoftext|>", "id": 5}]}, "two tokens have"),
+        ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "two tokens have"),
+        ({"added_tokens": 3}, "damaged or of another kind"),
+        ({"model": []}, "damaged or of another kind"),
+    ],
+)
+def test_what_is_unknown_in_a_tokenizer_is_an_error_that_names_it(
+    tmp_path, change, message
+):
+    content = json.loads((TOKENIZERS / "qwen.json").read_text())
     for key, value in change.items():
-        found[key] = found[key] | value if isinstance(value, dict) and key == "model" else value
-    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+        if key == "model" and isinstance(value, dict):
+            value = {**content["model"], **value}
+        content[key] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"tokenizer.json.*{message}"):
         read_tokenizer(tmp_path)
+
+
+# A real model -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    "ICRM_SMOLLM2" not in os.environ,
+    reason="it names a folder with SmolLM2-135M-Instruct",
+)
+def test_smollm2_answers_in_its_chat_format():
+    folder = os.environ["ICRM_SMOLLM2"]
+    tokenizer = read_tokenizer(folder)
+    model = load_pretrained(folder, tokenizer, 64).eval()
+    prompt = tokenizer.encode_prompt("What is the capital of France?")
+    tokens = torch.tensor([prompt])
+    while tokens[0, -1] != tokenizer.end_of_text and tokens.size(1) < 64:
+        positions = torch.arange(tokens.size(1))[None]
+        with torch.no_grad():
+            hidden = model.model(tokens, positions)
+        next_token = model.lm_head(hidden[:, -1:]).argmax(-1)
+        tokens = torch.cat([tokens, next_token], 1)
+    assert tokens[0, -1] == tokenizer.end_of_text
+    assert "Paris" in tokenizer.decode(tokens[0, len(prompt) :])

@@ -1,4 +1,5 @@
-"""The page and the picture: self-contained, escaped, complete, and coloured by what tokens did."""
+"""The report page and the picture: complete, well-formed, with correct numbers."""
+
 import re
 from xml.etree import ElementTree
 
@@ -8,117 +9,149 @@ import pytest
 import report
 import train
 from bon import BonConfig
-from config import UserError, parse
-from conftest import quick_generator, save_edited, small_run
-from data.files import load_checkpoint
-from data import tokenizer as tokenizers
+from common import UserError, parse_settings
+from conftest import small_generator, small_run
 from data.dataset import dataset_folder, open_dataset, write_dataset
+from data.tokenizer import make_tokenizer
+from evaluate import evaluate_run, load_reward_model, score, sigmoid, table_lines
 
 
-def make(*arguments):
-    report.main(parse(report.ReportConfig, ["--device=cpu", *arguments]))
+def run_report(*options):
+    report.main(parse_settings(report.ReportConfig, ["--device=cpu", *options]))
 
 
-def read(path):
-    """The elements of a page or picture, [(tag, element)]; what is not closed or escaped fails."""
-    return [(part.tag.rpartition("}")[2], part) for part in ElementTree.parse(path).iter()]
+def read_elements(path):
+    """All elements of a page or picture. Markup that is not well-formed is an error."""
+    source = path.read_text(encoding="utf-8").removeprefix("<!DOCTYPE html>\n")
+    elements = []
+    for element in ElementTree.fromstring(source).iter():
+        elements.append((element.tag.rpartition("}")[2], element))
+    return elements
 
 
-def text_of(elements, **wanted):
-    return "".join(part.text or "" for _, part in elements if wanted.items() <= part.attrib.items())
+def all_text(elements):
+    return "".join(element.text or "" for _, element in elements)
 
 
-def test_the_page_of_a_toy_model_has_every_part_and_needs_nothing_else(inside, tmp_path,
-                                                                       monkeypatch):
-    few = {"prompts": 4, "samples": 4}
-    monkeypatch.setattr(report, "BonConfig", lambda **settings: BonConfig(**settings | few))
-    page, again = tmp_path / "page.html", tmp_path / "again.html"
-    taken_at, real = [], report.response_logprobs
-    monkeypatch.setattr(report, "described", lambda *_: {"temperature": 0.5, "top_p": 0.9})
-    monkeypatch.setattr(report, "response_logprobs",
-                        lambda model, rows, *how: taken_at.append(how) or real(model, rows, *how))
-    make("--checkpoint=out/run", f"--out={page}", "--count=2")
-    assert set(taken_at) == {(0.5, 0.9)}        # as p was taken for training
-    elements, source = read(page), page.read_text(encoding="utf-8")
-    for part in ("decoupled", "corr(z,V)", "Is it as sure", "worth what it seems", "Best of n",
-                 "Search"):
-        assert part in text_of(elements)
-    assert not {tag for tag, _ in elements} & {"script", "img", "link", "iframe", "object"}
-    assert not re.search(r"@import|url\(", source) and "prefers-color-scheme: dark" in source
-    assert set(re.findall(r"https?://[^\"]*", source)) == {"http://www.w3.org/2000/svg"}    # a name
-    pairs = sum(tag == "details" for tag, _ in elements)
-    labels = [part.get("aria-label") for tag, part in elements if tag == "svg"]
-    assert pairs in (3, 4) and len(labels) == 4 + 4 * pairs and all(labels)
-    make("--checkpoint=out/run", f"--out={again}", "--count=2")
-    assert again.read_text(encoding="utf-8") == source
+@pytest.fixture
+def fast_sampling(monkeypatch):
+    def small_config(**settings):
+        return BonConfig(**{**settings, "prompts": 4, "samples": 4})
+
+    monkeypatch.setattr(report, "BonConfig", small_config)
 
 
-def test_a_picture_shows_the_words_and_what_each_did_under_every_model(inside, tmp_path):
-    other = load_checkpoint("out/run", "reward model")
-    other["settings"] |= {"probs": "shuffled", "readout": "sum"}
-    save_edited(other, tmp_path / "other.pt")
-    make(f"--checkpoint=out/run,{tmp_path / 'other.pt'}", f"--svg={tmp_path / 'p.svg'}",
-         "--response=5")
-    elements, dataset = read(tmp_path / "p.svg"), open_dataset("toy")
-    assert {"icrm", "icrm shuffled sum", "exact value"} <= {part.text for _, part in elements}
-    split = dataset.split("val")
-    response = split[2].responses[1]
-    words = text_of(elements, **{"class": "word"})
-    assert words == dataset.tokenizer.decode(response).replace(" ", "\xa0") + "\xa0⏎"
-    cells = [(part.get("class"), part.get("fill-opacity"))
-             for tag, part in elements if tag == "rect"]
-    first, second, exact = cells[0::3], cells[1::3], cells[2::3]
-    assert first != second != exact and len(exact) == len(response)
-    assert int(elements[0][1].get("width")) <= 900
-    V = split.of_responses(dataset.array("val", "exact-value"), 2)[1].tolist()
-    steps = [V[t] - V[t - 1] if t else 0.0 for t in range(len(V))]
-    for step, (sign, strength) in zip(steps, exact):
-        assert sign == ("up" if step > 0 else "down")
-        assert float(strength) == pytest.approx(abs(step) / max(map(abs, steps)), abs=0.006)
+def test_the_page_has_every_part_and_needs_no_other_file(
+    inside, tmp_path, fast_sampling
+):
+    page = tmp_path / "page.html"
+    run_report("--checkpoint=out/run", f"--out={page}", "--count=2")
+    elements, source = read_elements(page), page.read_text(encoding="utf-8")
+    text = all_text(elements)
+    for part in ("decoupled", "calibration", "Best-of-n", "Successive halving"):
+        assert part in text
+    tags = {tag for tag, _ in elements}
+    assert not tags & {"script", "img", "link", "iframe", "object"}
+    assert not re.search(r"@import|url\(", source)
+    assert "prefers-color-scheme: dark" in source
+    links = set(re.findall(r"https?://[^\"]*", source))
+    assert links == {"http://www.w3.org/2000/svg"}  # a namespace
+    n_pairs = sum(tag == "details" for tag, _ in elements)
+    charts = [element for tag, element in elements if tag == "svg"]
+    assert n_pairs in (3, 4) and len(charts) == 4 + 2 * n_pairs
+    assert all(chart.get("aria-label") for chart in charts)
 
 
-def test_a_response_without_any_step_and_letters_of_double_width_are_drawn(tmp_path):
-    drawn = report.strips(["a", "", " 漢字", ""], [("r", np.zeros(4))], width=90)
-    (tmp_path / "p.svg").write_text(drawn, encoding="utf-8")
-    cells = [part.attrib for tag, part in read(tmp_path / "p.svg") if tag == "rect"]
-    assert [float(cell["width"]) / report.CELL for cell in cells] == [1, 0, 5, 2]
-    assert {cell["fill-opacity"] for cell in cells} == {"0.00"}
+def test_the_numbers_of_the_page_are_those_of_evaluate(inside, tmp_path, fast_sampling):
+    page, dataset = tmp_path / "page.html", open_dataset("toy")
+    run_report("--checkpoint=out/run", f"--out={page}", "--count=1")
+    model, tokenizer, checkpoint = load_reward_model("out/run", "cpu")
+    results = evaluate_run(model, dataset, checkpoint["settings"])
+    cells = [e.text or "" for tag, e in read_elements(page) if tag in ("td", "th")]
+    expected = table_lines(results["splits"])
+    assert cells == [cell for line in expected for cell in line]
+    examples = list(dataset.split("val"))
+    rewards = score(model, examples)
+    margins = [chosen[-1] - rejected[-1] for chosen, rejected in rewards]
+    best = int(np.argmax(margins))
+    text = all_text(read_elements(page))
+    assert f"pair {best}: reward difference {margins[best]:+.2f}" in text
+    spans = [e for tag, e in read_elements(page) if tag == "span"]
+    (chosen, _), responses = rewards[best], examples[best].responses
+    assert len(spans) >= len(responses[0]) + len(responses[1])
+    changes = np.diff(chosen, prepend=chosen[0])
+    for span, change in zip(spans, changes):
+        assert span.get("title").startswith(f"change {change:+.2f}, p ")
+        assert (span.get("class") == "up") == (change > 0)
+    words = "".join(span.text for span in spans[: len(chosen)])
+    assert words == tokenizer.decode(responses[0]) + "\u23ce"
 
 
-def test_characters_that_xml_has_no_room_for_are_replaced(tmp_path):
-    pieces = [*map(chr, range(32)), "\x7f", "\ufffe", "\uffff", "\n\n", ""]
-    drawn = report.strips(pieces, [("r", np.zeros(len(pieces)))], width=900)
-    (tmp_path / "p.svg").write_text(drawn, encoding="utf-8")
-    words = text_of(read(tmp_path / "p.svg"), **{"class": "word"})
-    assert words == 9 * "\ufffd" + "\xa0↵" + 21 * "\ufffd" + "\x7f\ufffd\ufffd↵↵\xa0⏎"
+def test_the_picture_shows_the_response_with_the_median_gain(inside, tmp_path, capsys):
+    train.main(small_run("out/none-run", regularizer="none"))
+    picture, dataset = tmp_path / "p.svg", open_dataset("toy")
+    run_report("--checkpoint=out/none-run,out/run", f"--svg={picture}")
+    split, exact = dataset.split("val"), dataset.array("val", "exact-value")
+    errors = []
+    for folder in ("out/none-run", "out/run"):
+        model, tokenizer, _ = load_reward_model(folder, "cpu")
+        rewards, all_rewards = score(model, list(split)), []
+        for responses in rewards:
+            all_rewards += [*responses[0], *responses[1]]
+        own = []
+        for i in range(len(split)):
+            V, _ = split.response_values(exact, i)
+            z = sigmoid(rewards[i][0] - np.mean(all_rewards))
+            own.append(np.abs(z - V).mean())
+        errors.append(own)
+    gains = np.array(errors[0]) - np.array(errors[1])
+    printed = re.search(
+        r"pair (\d+), with the median gain (\S+)", capsys.readouterr().out
+    )
+    i = int(printed[1])
+    assert (gains < gains[i]).sum() == len(gains) // 2
+    assert float(printed[2]) == pytest.approx(gains[i], abs=6e-4)
+    elements = read_elements(picture)
+    lines = [e for tag, e in elements if tag == "polyline"]
+    assert [line.get("class") for line in lines] == ["baseline", "model", "exact"]
+    n_tokens = len(split[i].responses[0]) - 1  # without end-of-text
+    assert all(len(line.get("points").split()) == n_tokens for line in lines)
+    words = [e for _, e in elements if (e.get("class") or "").startswith("word")]
+    decoded = tokenizer.decode(split[i].responses[0]).split()
+    assert "".join(e.text or "" for e in words) == "".join(decoded)
+    marked = [e for e in words if "evidence" in e.get("class")]
+    kinds = split.response_values(dataset.array("val", "kind"), i)[0]
+    assert len(marked) >= (kinds == 2).sum()
 
 
-def test_a_probability_is_left_out_where_it_would_cover_the_one_before(tmp_path):
-    pieces = [" word", ".", ".", " words", "", " word", ""]
-    below = [".11", ".12", ".13", ".14", ".15", "", ".17"]
-    drawn = report.strips(pieces, [("r", np.ones(7))], width=200, below=below)
-    (tmp_path / "page.svg").write_text(drawn, encoding="utf-8")
-    shown = [part for _, part in read(tmp_path / "page.svg") if part.get("class") == "p"]
-    assert [part.text for part in shown] == [".11", ".12", ".15", ".17"]
-
-
-def test_markup_in_the_data_is_text_on_the_page(inside, tmp_path):
-    prompt, *sides = "<em>Q</em> & \"q\"", " <script>alert(1)</script>", " a</svg><img src=x>"
-    rows = [(split, prompt, *sides) for split in ("train", "val") for _ in range(8)]
-    write_dataset(dataset_folder("markup"), rows, ("train", "val"),
-                  tokenizers.make("bpe:257", []), block_size=80)
-    quick_generator("markup", "out/markup-generator", steps=2)
+def test_markup_in_data_is_text_on_the_page(inside, tmp_path):
+    prompt = '<em>Q</em> & "q"'
+    responses = " <script>alert(1)</script>\x00", " a</p><img src=x>\n"
+    rows = []
+    for split in ("train", "val"):
+        rows += [(split, prompt, *responses)] * 8
+    tokenizer = make_tokenizer("bpe:257", [])
+    folder = dataset_folder("markup")
+    write_dataset(folder, rows, ("train", "val"), tokenizer, block_size=80)
+    small_generator("markup", "out/markup-generator", steps=2)
     train.main(small_run("out/markup", dataset="markup", steps=2))
-    make("--checkpoint=out/markup", f"--out={tmp_path / 'r.html'}")
-    elements = read(tmp_path / "r.html")
+    run_report("--checkpoint=out/markup", f"--out={tmp_path / 'page.html'}")
+    elements = read_elements(tmp_path / "page.html")
     assert not {tag for tag, _ in elements} & {"script", "img", "em"}
-    assert prompt in text_of(elements)
-    words = text_of(elements, **{"class": "word"})
-    assert "<script>alert(1)</script>" in words and "a</svg><img\xa0src=x>" in words
+    text = all_text(elements)
+    assert prompt in text and "<script>alert(1)</script>\ufffd" in text
+    assert "a</p><img src=x>\u21b5" in text
 
 
-def test_errors_are_one_line(inside, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="name a reward model"):
-        make()
-    with pytest.raises(UserError, match="--response must be at least 0 and at most 39"):
-        make("--checkpoint=out/run", f"--svg={tmp_path / 'p.svg'}", "--response=40")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "name a reward model"),
+        (["--checkpoint=out/run", "--svg=x.svg"], "needs --checkpoint=BASELINE,MODEL"),
+        (["--checkpoint=out/run", "--out=out/run/ckpt.pt"], "is an input of this"),
+        (["--checkpoint=out/run", "--out=out/toy-generator/p.npy"], "is an input of"),
+    ],
+)
+def test_mistakes_are_one_line(inside, fast_sampling, options, message):
+    with pytest.raises(UserError, match=message):
+        run_report(*options)
