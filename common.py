@@ -143,25 +143,10 @@ def parse_bool(text):
     return text == "True"
 
 
-def parse_int(text):
-    try:
-        return int(text)
-    except ValueError:
-        message = f"takes a whole number, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def parse_float(text):
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes a number, not {text!r}") from None
-
-
 PARSERS = {
     bool: parse_bool,
-    int: parse_int,
-    float: parse_float,
+    int: int,
+    float: float,
     str: os.path.expanduser,
 }
 
@@ -174,12 +159,7 @@ def explain_unknown(argument, names):
     new_name = RENAMED_SETTINGS.get(name)
     if new_name in names:
         return f"--{name} is now called --{new_name}"
-    by_initials = {}
-    for candidate in names:
-        initials = "".join(word[0] for word in candidate.split("_"))
-        by_initials[initials] = candidate
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    meant = by_initials.get(name, close[0])
+    meant = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     return f"unknown setting --{name}. Did you mean --{meant}? (--help lists them)"
 
 

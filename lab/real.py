@@ -377,9 +377,9 @@ def format_cell(results, arm, base, column):
 
 def format_f1(results, arm):
     """ProcessBench's F1: the mean over seeds, and half of its 95% interval."""
-    found = read_cases(results, arm, "first_error").mean(1).tolist()
+    error_accuracies = read_cases(results, arm, "first_error").mean(1).tolist()
     none_before = read_cases(results, arm, "none_before_error").mean(1).tolist()
-    scores = [harmonic_mean(pair) for pair in zip(found, none_before)]
+    scores = [harmonic_mean(pair) for pair in zip(error_accuracies, none_before)]
     if len(scores) == 1:
         return f"{scores[0]:.3f}"
     mean, half_width = mean_and_half_width(scores)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batch import Example, collate, epoch_batches
+from data.batch import Example, collate
 from model import (
     LanguageModel,
     ModelConfig,
@@ -60,7 +60,7 @@ class SpeedConfig:
     vocab_size: int = 4096  # tokens in the vocabulary
     pairs: int = 16  # pairs per batch
     batches: int = 4  # batches per turn
-    turns: int = 5  # in every turn, each step reads the same pairs
+    turns: int = 3  # in every turn, each step reads the same pairs
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer
@@ -183,32 +183,36 @@ def measure_turn(benchmark, lengths, turn):
     """Seconds of every step, pairs, tokens, and useful seconds at peak speed."""
     config, device = benchmark.config, benchmark.device
     totals = np.array([prompt + sum(responses) for prompt, *responses in lengths])
-    sorted_batches = epoch_batches(totals, config.pairs, turn, epoch=0)
-    sorted_batches = sorted_batches[: config.batches]
-    shuffled = np.random.default_rng(turn).permutation(np.concatenate(sorted_batches))
-    random_batches = np.split(shuffled, len(sorted_batches))
+    numbers = np.random.default_rng(turn).permutation(len(lengths))
+    numbers = numbers[: config.batches * config.pairs]
+    random_batches = numbers.reshape(config.batches, -1)
+    # As in a chunk of data.batch.epoch_batches.
+    by_length = numbers[np.argsort(totals[numbers], kind="stable")]
+    sorted_batches = by_length.reshape(config.batches, -1)
     seconds = dict.fromkeys(STEPS, 0.0)
-    for by_length, at_random in zip(sorted_batches, random_batches):
+    for sorted_batch, random_batch in zip(sorted_batches, random_batches):
         for name in STEPS:
-            numbers = by_length if name == STEPS[2] else at_random
-            examples, probs = random_pairs(lengths, numbers, config, turn)
+            batch = sorted_batch if name == STEPS[2] else random_batch
+            examples, probs = random_pairs(lengths, batch, config, turn)
             arguments = name, examples, probs
             seconds[name] += measure_seconds(device, benchmark.step, *arguments)
-    examples, _ = random_pairs(lengths, shuffled, config, turn)
+    examples, _ = random_pairs(lengths, numbers, config, turn)
     ideal = useful_work(examples, benchmark.model) / measure_peak(device, config.dtype)
-    return seconds, len(shuffled), totals[shuffled].sum(), ideal
+    return seconds, len(numbers), totals[numbers].sum(), ideal
 
 
 def measure_steps(benchmark, lengths):
     """Print the speed of every step, and its time relative to train.py's."""
     config, turns = benchmark.config, []
-    n_warmup = 2 if config.compile else 1
-    for turn in tqdm(range(n_warmup + config.turns), "turns", disable=None):
+    examples, probs = random_pairs(lengths, range(config.pairs), config, seed=0)
+    for name in STEPS * 2:  # warm up
+        benchmark.step(name, examples, probs)
+    for turn in tqdm(range(config.turns), "turns", disable=None):
         turns.append(measure_turn(benchmark, lengths, turn))
     print(f"{'step':32}{'pairs/s':>8}{'tokens/s':>10}{'of peak':>8}  relative time")
     for name in STEPS:
         rates = []
-        for seconds, n_pairs, n_tokens, ideal in turns[n_warmup:]:
+        for seconds, n_pairs, n_tokens, ideal in turns:
             own = seconds[name]
             ratio = own / seconds[STEPS[2]]
             rates.append((n_pairs / own, n_tokens / own, ideal / own, ratio))
