@@ -310,6 +310,8 @@ def print_table(results):
 
 def compare_runs(folders):
     """Print the metrics of several runs side by side. Returns {folder: eval.json}."""
+    if not folders:
+        raise UserError("name the runs to compare: --compare=DIR,DIR")
     runs, datasets = {}, set()
     for folder in folders:
         run = read_json(Path(folder) / "eval.json", "python train.py")

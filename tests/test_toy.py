@@ -178,6 +178,8 @@ def test_the_true_quality_counts_evidence_only():
     assert quality(f": {good}, x; {bad}, x; {good}, x.") == 1
     assert quality(": laughter filled the moon, x; trams run daily") == 0
     assert quality("laughter") == 0
+    text = ": calm lasted on today, anything; joy was told; calm lasted on today."
+    assert quality(text) == 2
 
 
 def test_pairs_are_the_same_for_a_seed_and_the_chosen_response_is_better():
@@ -232,18 +234,37 @@ def test_exact_values_are_stored_beside_the_tokens(dataset):
             assert not any(wrong)
 
 
-def test_p_of_other_data_and_impossible_settings_are_refused(dataset, tmp_path):
-    np.save(tmp_path / "p.npy", dataset.array("train", "exact-p"))
-    digest = file_sha256(tmp_path / "p.npy")
-    for data, expectation in ((dataset.fingerprint, None), ("other", UserError)):
-        write_json(tmp_path / "p.json", {"data": data, "digest": digest})
-        if expectation is None:
-            probs = Probs("generator", dataset, tmp_path)
-            exact = Probs("exact", dataset, tmp_path)
-            for own, expected in zip(probs[0], exact[0], strict=True):
-                assert np.array_equal(own, expected)
-        else:
-            with pytest.raises(UserError, match="other data than data/toy-1"):
-                Probs("generator", dataset, tmp_path)
-    with pytest.raises(UserError, match="--noise must be at least 0 and at most 1"):
-        toy.main(toy.ToyConfig(name="toy-1", noise=2.0))
+def write_exact_p(dataset, folder, data_fingerprint):
+    """Write the exact p as if a generator had computed it for this data."""
+    np.save(folder / "p.npy", dataset.array("train", "exact-p"))
+    digest = file_sha256(folder / "p.npy")
+    write_json(folder / "p.json", {"data": data_fingerprint, "digest": digest})
+
+
+def test_exact_p_is_aligned_with_a_generators_p(dataset, tmp_path):
+    write_exact_p(dataset, tmp_path, dataset.fingerprint)
+    probs = Probs("generator", dataset, tmp_path)
+    exact = Probs("exact", dataset, tmp_path)
+    for i in range(len(dataset.split("train"))):
+        for own, expected in zip(probs[i], exact[i], strict=True):
+            assert np.array_equal(own, expected)
+
+
+def test_p_of_other_data_is_refused(dataset, tmp_path):
+    write_exact_p(dataset, tmp_path, "other")
+    with pytest.raises(UserError, match="other data than data/toy-1"):
+        Probs("generator", dataset, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"noise": 2.0}, "--noise must be at least 0 and at most 1"),
+        ({"reward_rule": "product"}, "unknown reward_rule 'product'"),
+        ({"filler_clauses_first": 6}, "--filler_clauses_first must be at least 0"),
+        ({"fillers": 145}, "--fillers must be at least 1 and at most 144"),
+    ],
+)
+def test_settings_that_make_no_world_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        toy.main(toy.ToyConfig(name="toy-1", **settings))
