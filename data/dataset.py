@@ -185,7 +185,7 @@ def write_dataset(
     rows: an iterable of (split, prompt, first response, second response). These are
         texts, or None for a missing response. If it raises an error, the dataset that
         is in the folder stays
-    skipped: a Counter of skipped rows by reason, extended here
+    skipped: a Counter of skipped rows by reason, which is updated
     token_arrays: ({name: dtype}, function) for arrays beside the tokens. The function
         gets a split's name, the prompt's tokens and a list of both responses' tokens.
         It returns {name: one value for each of these tokens}

@@ -10,11 +10,10 @@ prompts twice. Its batches are drawn at random. The generator runs in every step
 is stored. train.py's step reads one row per pair, in batches of similar length, and p
 is stored. All three compute logits for chosen responses only.
 
-Lengths are those of real pairs (lab/lengths.json). Tokens are random, which does not
-change the speed. In every turn, each step reads the same pairs. Ratios are taken within
-a turn, because the speed of a machine varies. "Of peak" is the useful work per second,
-relative to a large matrix product in the same turn. In useful work every distinct token
-counts once.
+Lengths are those of 512 real pairs (lab/lengths.json). Tokens are random, which does
+not change the speed. Relative times compare steps of the same turn, because the speed
+of a machine varies. "Of peak" is the useful work per second, relative to a large matrix
+product in the same turn. In useful work every distinct token counts once.
 """
 
 import json
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batch import Example, collate
+from data.batch import Example, collate, epoch_batches
 from model import (
     LanguageModel,
     ModelConfig,
@@ -59,8 +58,8 @@ class SpeedConfig:
     n_embd: int = 384  # channels
     vocab_size: int = 4096  # tokens in the vocabulary
     pairs: int = 16  # pairs per batch
-    batches: int = 4  # batches per turn
-    turns: int = 3  # in every turn, each step reads the same pairs
+    padded_batches: int = 4  # random batches that the padded steps read per turn
+    turns: int = 3  # in a turn, train.py's step reads all pairs once
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer
@@ -180,44 +179,55 @@ def measure_peak(device, dtype):
 
 
 def measure_turn(benchmark, lengths, turn):
-    """Seconds of every step, pairs, tokens, and useful seconds at peak speed."""
-    config, device = benchmark.config, benchmark.device
-    totals = np.array([prompt + sum(responses) for prompt, *responses in lengths])
-    numbers = np.random.default_rng(turn).permutation(len(lengths))
-    numbers = numbers[: config.batches * config.pairs]
-    random_batches = numbers.reshape(config.batches, -1)
-    # As in a chunk of data.batch.epoch_batches.
-    by_length = numbers[np.argsort(totals[numbers], kind="stable")]
-    sorted_batches = by_length.reshape(config.batches, -1)
-    seconds = dict.fromkeys(STEPS, 0.0)
-    for sorted_batch, random_batch in zip(sorted_batches, random_batches):
-        for name in STEPS:
-            batch = sorted_batch if name == STEPS[2] else random_batch
-            examples, probs = random_pairs(lengths, batch, config, turn)
-            arguments = name, examples, probs
-            seconds[name] += measure_seconds(device, benchmark.step, *arguments)
-    examples, _ = random_pairs(lengths, numbers, config, turn)
-    ideal = useful_work(examples, benchmark.model) / measure_peak(device, config.dtype)
-    return seconds, len(numbers), totals[numbers].sum(), ideal
+    """{step: (pairs, tokens, useful operations, seconds)} of one turn.
+
+    train.py's step reads all pairs, in the batches of one epoch. The padded steps read
+    a few random batches, spread over the turn.
+    """
+    config, totals = benchmark.config, {}
+    n_tokens = np.array([prompt + sum(responses) for prompt, *responses in lengths])
+    epoch = epoch_batches(n_tokens, config.pairs, turn, epoch=0)
+    shuffled = np.random.default_rng(turn).permutation(len(lengths))
+    every = max(1, len(epoch) // config.padded_batches)
+    for number, batch in enumerate(epoch):
+        add_step(benchmark, STEPS[2], lengths, batch, totals)
+        if number % every == 0:
+            start = number * config.pairs
+            batch = shuffled[start : start + config.pairs]
+            for name in STEPS[:2]:
+                add_step(benchmark, name, lengths, batch, totals)
+    return totals
+
+
+def add_step(benchmark, name, lengths, batch, totals):
+    """Run a step on these pairs, and add its numbers to totals[name]."""
+    examples, probs = random_pairs(lengths, batch, benchmark.config, seed=0)
+    arguments = name, examples, probs
+    seconds = measure_seconds(benchmark.device, benchmark.step, *arguments)
+    n_tokens = sum(example.length for example in examples)
+    work = useful_work(examples, benchmark.model)
+    own = np.array([len(examples), n_tokens, work, seconds])
+    totals[name] = totals.get(name, 0) + own
 
 
 def measure_steps(benchmark, lengths):
-    """Print the speed of every step, and its time relative to train.py's."""
-    config, turns = benchmark.config, []
-    examples, probs = random_pairs(lengths, range(config.pairs), config, seed=0)
+    """Print the speed of every step, and its time per pair relative to train.py's."""
+    config, device = benchmark.config, benchmark.device
+    rates = {name: [] for name in STEPS}
     for name in STEPS * 2:  # warm up
-        benchmark.step(name, examples, probs)
+        add_step(benchmark, name, lengths, range(config.pairs), {})
     for turn in tqdm(range(config.turns), "turns", disable=None):
-        turns.append(measure_turn(benchmark, lengths, turn))
+        totals = measure_turn(benchmark, lengths, turn)
+        peak = measure_peak(device, config.dtype)
+        train_pairs, _, _, train_seconds = totals[STEPS[2]]
+        for name, (pairs, tokens, work, seconds) in totals.items():
+            relative_time = (seconds / pairs) / (train_seconds / train_pairs)
+            speeds = pairs / seconds, tokens / seconds, work / seconds / peak
+            rates[name].append([*speeds, relative_time])
     print(f"{'step':32}{'pairs/s':>8}{'tokens/s':>10}{'of peak':>8}  relative time")
     for name in STEPS:
-        rates = []
-        for seconds, n_pairs, n_tokens, ideal in turns:
-            own = seconds[name]
-            ratio = own / seconds[STEPS[2]]
-            rates.append((n_pairs / own, n_tokens / own, ideal / own, ratio))
-        pairs, tokens, of_peak, ratio = np.median(rates, axis=0)
-        ratios = [rate[3] for rate in rates]
+        pairs, tokens, of_peak, ratio = np.median(rates[name], axis=0)
+        ratios = [rate[3] for rate in rates[name]]
         print(
             f"{name:32}{pairs:8.2f}{tokens:10.0f}{of_peak:8.2f}"
             f"  {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -230,7 +240,7 @@ def main(config):
     lengths = all_lengths[config.lengths]
     check_range(config, 1, 10**6, "n_layer", "n_head", "n_embd", "vocab_size", "turns")
     check_range(config, 1, len(lengths), "pairs")
-    check_range(config, 1, len(lengths) // config.pairs, "batches")
+    check_range(config, 1, len(lengths) // config.pairs, "padded_batches")
     device = pick_device(config.device)
     block_size = max(prompt + max(responses) for prompt, *responses in lengths)
     benchmark = Benchmark(config, device, block_size)

@@ -15,7 +15,7 @@ SMALL = {
     "n_embd": 32,
     "vocab_size": 300,
     "pairs": 4,
-    "batches": 2,
+    "padded_batches": 2,
     "turns": 1,
     "device": "cpu",
 }
@@ -59,19 +59,21 @@ def test_the_padded_step_reads_every_prompt_twice():
     assert speed.collate_padded(examples).tokens.shape == (8, 40 + 12)
 
 
-def test_every_step_of_a_turn_reads_the_same_pairs(monkeypatch):
+def test_a_turn_trains_on_every_pair_and_the_padded_steps_read_random_ones(monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 40, (64, 3)).tolist()
     read = {name: [] for name in speed.STEPS}
 
     def record(name, examples, probs):
         for prompt, responses in examples:
-            read[name].append((len(prompt), *map(len, responses)))
+            read[name].append([len(prompt), *map(len, responses)])
 
     benchmark = speed.Benchmark(config(), torch.device("cpu"), 80)
     monkeypatch.setattr(benchmark, "step", record)
-    speed.measure_turn(benchmark, lengths, turn=0)
-    first, *rest = [sorted(pairs) for pairs in read.values()]
-    assert len(first) == 8 and rest == [first, first]
+    totals = speed.measure_turn(benchmark, lengths, turn=0)
+    generated, stored, trained = read.values()
+    assert sorted(trained) == sorted(lengths)
+    assert generated == stored and len(stored) == 2 * 4
+    assert [totals[name][0] for name in speed.STEPS] == [8, 8, 64]
 
 
 def test_useful_work_counts_every_distinct_token_once():
@@ -85,7 +87,9 @@ def test_useful_work_counts_every_distinct_token_once():
 
 
 def test_the_table_has_a_line_for_every_step(capsys):
-    speed.main(config(lengths="gsm8k"))
+    lengths = np.random.default_rng(0).integers(1, 40, (64, 3)).tolist()
+    benchmark = speed.Benchmark(config(), torch.device("cpu"), 80)
+    speed.measure_steps(benchmark, lengths)
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(speed.STEPS)]
     assert len(rows) == 3 and rows[-1].endswith("1.00 (1.00 to 1.00)")
