@@ -33,7 +33,8 @@ from model import KVCache
 
 BOOTSTRAP_SAMPLES = 1000
 MAX_CACHE = 2**31  # bytes of keys and values while sampling
-RESPONSES_PER_ROW = 8  # of one prompt. The cost of attention grows with length squared
+# Responses of one prompt in a row. The cost of attention grows with length squared.
+RESPONSES_PER_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class BonConfig:
     samples: int = 64  # responses to each prompt
     halving_lengths: str = ""  # numbers of tokens after which half is dropped: 12,20,28
     max_new_tokens: int = 256  # longest response. Unfinished ones are left out
-    seed: int = 0  # of sampling
-    wrap_as_chat: bool = False  # turn plain prompts into one Human turn
-    max_bad_fraction: float = 0.05  # most rows of a file skipped for one reason
+    seed: int = 0  # random seed of sampling
+    wrap_as_chat: bool = False  # wrap plain prompts as one user message
+    max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
@@ -76,7 +77,10 @@ class Sampler:
         n_prompts, length = prompts.shape
         self.max_new_tokens = min(max_new_tokens, model.config.block_size - length)
         if self.max_new_tokens < 1:
-            raise UserError(f"a prompt fills the context of {length} tokens")
+            context = model.config.block_size
+            raise UserError(
+                f"a prompt of {length} tokens fills the context of {context}"
+            )
         size, device = length + self.max_new_tokens, prompts.device
         dtype = model.lm_head.weight.dtype
         self.cache = KVCache(model.config, n_prompts, size, device, dtype)
@@ -113,7 +117,7 @@ class Sampler:
             self.tokens = torch.cat([self.tokens, token[:, None]], 1)
         responses = []
         for row in self.tokens.cpu().numpy():
-            length = (row != self.end_of_text).sum() + 1
+            length = (row != self.end_of_text).sum() + 1  # with end-of-text, if any
             responses.append(row[:length])
         return responses
 
@@ -123,7 +127,7 @@ def sample_token(logits, rng, temperature):
     if temperature == 0:
         return logits.argmax(1)
     probs = (logits.float() / temperature).softmax(1)
-    # Of exponential waiting times with rates p, each is the shortest with
+    # Exponential race: of waiting times with rates p, each is the shortest with
     # probability p.
     uniform = torch.rand(probs.shape, generator=rng, device=probs.device)
     waiting_times = -uniform.log() / probs
@@ -214,8 +218,8 @@ def check_same_tokenizer(name, its_tokenizer, tokenizer):
 def best_of_n(rewards, gold_scores, n):
     """Expected gold score of the highest-reward candidate among n of M, exactly.
 
-    The n candidates are drawn without replacement. They all are among the c lowest
-    rewards with probability C(c, n) / C(M, n). Candidates with equal rewards share.
+    The n candidates are drawn without replacement. All are among the c lowest rewards
+    with probability C(c, n) / C(M, n). Tied candidates are averaged.
     For example, best_of_n([0.1, 0.9, 0.5], [0, 3, 0], 2) is 2.0, because the second
     candidate is in two of the three subsets.
     """
@@ -283,9 +287,9 @@ def halve(rewards, lengths):
 
     rewards: for each candidate, the rewards of all its prefixes
     lengths: increasing numbers of tokens
-    Returns the number of the selected candidate, and the tokens generated in all.
+    Returns the index of the selected candidate, and the tokens generated in all.
     For example, halve([[0, 9], [1, 2], [0, 5]], [1]) is (0, 5). After one token,
-    candidate 1 and the first of the tied ones are kept. These two are finished.
+    candidates 1 and 0 are kept and generated to the end. Then 0 has the higher reward.
     """
     alive, generated = list(range(len(rewards))), [0] * len(rewards)
     longest = max(len(prefix_rewards) for prefix_rewards in rewards)
@@ -298,7 +302,7 @@ def halve(rewards, lengths):
 
 
 def best_of_n_at_budget(rewards, gold_scores, share):
-    """Best-of-n with n = share * M candidates, in expectation."""
+    """Best-of-n with n = share * M, interpolated between whole numbers."""
     n, remainder = divmod(max(1.0, share * len(gold_scores)), 1)
     value = best_of_n(rewards, gold_scores, int(n))
     if remainder > 0:
@@ -311,13 +315,15 @@ def compare_strategies(rewards, gold_scores, prompts, lengths, exact=None):
     """Gold score and generated tokens per prompt of several ways to select a response.
 
     rewards: for each set of candidates, a list of arrays of prefix rewards
-    exact: the same with the toy world's exact values, which then also select
+    exact: the toy world's exact values in the same shape. They are used for halving too
     Returns the rows of a table.
     """
     n_candidates = np.array([len(candidates) for candidates in rewards])
     all_tokens = np.array([sum(map(len, candidates)) for candidates in rewards])
     random = [np.mean(gold) for gold in gold_scores]
-    rows = [summarize("random", "one", random, all_tokens / n_candidates, prompts)]
+    rows = [
+        summarize("random", "single sample", random, all_tokens / n_candidates, prompts)
+    ]
     final, best = [], []
     for candidates, gold in zip(rewards, gold_scores):
         final.append([prefix_rewards[-1] for prefix_rewards in candidates])
@@ -347,11 +353,11 @@ def select_by_halving(rewards, gold_scores, lengths):
     return selected, np.array(tokens)
 
 
-def summarize(judge, strategy, gold_scores, tokens, prompts):
+def summarize(selector, strategy, gold_scores, tokens, prompts):
     """One row of the table of strategies, with the interval of the gold score."""
     low, high = interval_by_prompt(gold_scores, prompts, np.random.default_rng(0))
     return {
-        "judge": judge,
+        "selector": selector,
         "strategy": strategy,
         "tokens": float(np.mean(tokens)),
         "gold": float(np.mean(gold_scores)),
@@ -363,7 +369,7 @@ def summarize(judge, strategy, gold_scores, tokens, prompts):
 def halving_online(model, generator, dataset, examples, lengths, config, score_gold):
     """Halving while sampling, which is what saves tokens. One more row of the table.
 
-    examples: the same prompts with complete candidates, used where none is finished
+    examples: the prompts, with complete candidates for those where no survivor finishes
     score_gold: Examples -> a list of gold scores for each
     """
     rng = torch.Generator(generator.device).manual_seed(config.seed)

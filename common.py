@@ -152,7 +152,7 @@ PARSERS = {
 
 
 def explain_unknown(argument, names):
-    """The error message for an argument that is no setting."""
+    """The error message for an argument that is not a setting."""
     name = argument.removeprefix("--").partition("=")[0]
     if not argument.startswith("--"):
         return f"cannot read {argument!r}. Write --setting=value"
@@ -288,7 +288,7 @@ def read_json(path, made_by):
     value = load_json(path, made_by)
     if value.pop("checksum", None) != checksum(value):
         raise UserError(
-            f"{path} is damaged, was edited, or comes from another edition of this "
+            f"{path} is damaged, was edited, or comes from another version of this "
             f"project. Make it again with {made_by}"
         )
     return value
@@ -373,7 +373,9 @@ def load_checkpoint(path, *kinds):
         reason = type(error).__name__
         raise UserError(f"{path} is not a checkpoint, or damaged ({reason})") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} comes from another edition. Train the model again")
+        raise UserError(
+            f"{path} comes from another version of this project. Train again"
+        )
     if kind not in kinds:
         raise UserError(f"{path} holds a {kind}, not a {' or '.join(kinds)}")
     return checkpoint

@@ -3,11 +3,11 @@
     python dpo.py --checkpoint=out/toy-icrm-seed0
     python dpo.py --checkpoint=DIR --judge=OTHER    win rates by another reward model
 
-The paper's third claim is that a better reward model gives better pairs, and so a
-better policy. Of the responses that the generator samples to a prompt, those with the
-highest and the lowest reward make a pair. The policy starts from the generator, which
-is also the reference (arXiv 2305.18290). Then both answer held-out prompts. On the toy
-world the true quality of their responses is known.
+The paper claims that a better reward model gives better pairs, and so a better policy.
+Of the responses that the generator samples to a prompt, those with the highest and the
+lowest reward make a pair. The policy starts from the generator, which is also the
+reference (arXiv 2305.18290). Then both answer held-out prompts. On the toy world the
+true quality of their responses is known.
 
 --pairs_split=swapped takes the responses of that split instead of sampled ones.
 --generator=OUT_DIR continues with an earlier policy.
@@ -60,13 +60,13 @@ class DPOConfig:
     judge: str = ""  # another reward model, for win rates
     out_dir: str = ""  # empty: out/dpo-CHECKPOINT-seedSEED
     resume: bool = False  # continue from the last checkpoint in out_dir
-    beta: float = 0.1  # strength of the penalty for leaving the reference
+    beta: float = 0.1  # strength of the implicit KL penalty
     pairs_split: str = ""  # a split whose responses make the pairs. empty: sample them
     prompts: int = 200  # training prompts, repeated if there are fewer
-    samples: int = 8  # responses to each
+    samples: int = 8  # responses sampled per training prompt
     max_new_tokens: int = 100  # longest response
     held_out: int = 50  # held-out prompts for the evaluation
-    seed: int = 0  # of sampling and the order of the pairs
+    seed: int = 0  # random seed of sampling and the order of the pairs
     steps: int = 60  # updates
     batch_size: int = 16  # pairs per update
     learning_rate: float = 1e-4  # peak
@@ -89,7 +89,7 @@ def dpo_loss(margins, beta):
 
 
 def select_prompts(dataset, config):
-    """Examples to train on (--prompts of them), and held-out prompts. None are shared.
+    """Examples to train on (--prompts of them), and other prompts, which are held out.
 
     The Examples hold a prompt, and a split's responses with --pairs_split.
     """
@@ -102,7 +102,8 @@ def select_prompts(dataset, config):
     examples = [e for e in examples if e.prompt.tobytes() not in held_out_keys]
     if not examples or len(held_out) < 2:
         raise UserError(
-            f"{len(held_out)} held-out prompts leave {len(examples)} to train on"
+            f"too few prompts: {len(held_out)} held out, {len(examples)} to train on. "
+            "Change --held_out, or prepare more data"
         )
     return [examples[i % len(examples)] for i in range(config.prompts)], held_out
 

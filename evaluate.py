@@ -7,7 +7,7 @@
     python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0
 
 The reward of a response is that of its last token, end-of-text. A tie counts as wrong.
-Intervals are Wilson's, with the number of independent prompts as the sample size.
+Intervals are Wilson's, with an effective sample size for pairs that share a prompt.
 """
 
 import math
@@ -57,8 +57,8 @@ class EvalConfig:
     threshold_from: str = ""  # another such file, on which the threshold is chosen
     compare: str = ""  # evaluated runs to show side by side: DIR,DIR,...
     json: str = ""  # write the results to this file
-    wrap_as_chat: bool = False  # turn plain prompts into one Human turn
-    max_bad_fraction: float = 0.05  # most rows of a file skipped for one reason
+    wrap_as_chat: bool = False  # wrap plain prompts as one user message
+    max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
@@ -81,12 +81,12 @@ def load_reward_model(path, device):
 
 
 @torch.no_grad()
-def score(model, examples, name="row {}".format):
+def score(model, examples, describe=lambda number: f"row {number}"):
     """The rewards of every prefix of every response.
 
     Returns, for each Example, a list of float32 arrays, one per response. The last
-    entry of an array is the reward of the response. name: names example i (from 1) in
-    the error message if a reward is not finite
+    entry of an array is the reward of the response. describe: names example i (from
+    1) in the error message if a reward is not finite
     """
 
     def compute_rewards(batch):
@@ -98,7 +98,7 @@ def score(model, examples, name="row {}".format):
     rewards = map_examples(examples, compute_rewards)
     for number, responses in enumerate(rewards, start=1):
         if not all(np.isfinite(response).all() for response in responses):
-            raise UserError(f"a reward of {name(number)} is not finite")
+            raise UserError(f"a reward of {describe(number)} is not finite")
     return rewards
 
 
@@ -117,11 +117,12 @@ def wilson(share, n, z=1.96):
     return (center - half_width) / (n + z * z), (center + half_width) / (n + z * z)
 
 
-def independent_cases(correct, prompts):
+def effective_sample_size(correct, prompts):
     """The effective sample size of cases that are clustered by prompt.
 
     It is the variance of one case divided by that of the clustered mean, at most
-    len(correct). For example, [1, 1, 0, 0] of two prompts with two cases each is 2.0.
+    len(correct). If all cases agree, it is the number of prompts. For example,
+    [1, 1, 0, 0] of two prompts with two cases each is 2.0.
     """
     share, totals = float(np.mean(correct)), defaultdict(float)
     for is_correct, prompt in zip(correct, prompts):
@@ -136,7 +137,7 @@ def independent_cases(correct, prompts):
 def accuracy_with_interval(correct, ties, prompts):
     """Accuracy, its 95% interval by prompt, and counts. correct, ties: (n,) bool"""
     accuracy = float(np.mean(correct))
-    low, high = wilson(accuracy, independent_cases(correct, prompts))
+    low, high = wilson(accuracy, effective_sample_size(correct, prompts))
     return {
         "accuracy": accuracy,
         "low": low,
@@ -148,7 +149,9 @@ def accuracy_with_interval(correct, ties, prompts):
 
 
 def calibration(predicted, actual, low=0.0, n_bins=10):
-    """Mean gap between predicted and actual over equal bins of predicted in [low, 1].
+    """Mean gap between predicted and actual, in equal-width bins of predicted.
+
+    The bins cover [low, 1].
 
     Returns the error, and one {"predicted", "actual", "n"} per bin that is not empty.
     """
@@ -180,8 +183,8 @@ def reliability(margins):
 def value_agreement(rewards, values, kinds):
     """Compare predicted and exact values of all prefixes of a split (toy world).
 
-    The predicted value is z = sigma(r - mean r), with the mean over all prefixes: Eq. 4
-    with the whole split as the opponent.
+    The predicted value is z = sigma(r - mean r), with the mean over all prefixes. It is
+    not flipped for rejected responses, unlike z in Eq. 4.
 
     rewards, values, kinds: one array per response, chosen and rejected of each pair in
         turn. values: the exact value V. kinds: 1 at a remark's first token, 2 at
@@ -232,7 +235,7 @@ def evaluate_pairs(examples, rewards, prompts=()):
 
 
 def evaluate_split(model, dataset, name):
-    """Evaluate one split. Returns {name: metrics}, and one more entry for labels."""
+    """Evaluate one split. Returns {name: metrics}, for labels also "name pairs"."""
     split = dataset.split(name)
     examples = list(split)
     rewards = score(model, examples)
@@ -336,7 +339,7 @@ def compare_runs(folders):
                 cells.append(f"{value:.3f} ({value - values[0]:+.3f})")
             lines.append([f"{split} {COLUMNS[key]}", *cells])
     print_lines(lines)
-    print("In parentheses: difference to the first run. These are single runs.")
+    print("In parentheses: difference from the first run. These are single runs.")
     print("The spread between seeds is often larger than that between methods.")
     return runs
 

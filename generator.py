@@ -57,7 +57,7 @@ class GeneratorConfig:
     dataset: str = "toy"  # a folder under data/
     out_dir: str = ""  # empty: out/DATASET-generator
     resume: bool = False  # continue from the last checkpoint in out_dir
-    seed: int = 0  # of the initial weights and the order of the data
+    seed: int = 0  # random seed of the initial weights and the order of the data
     init_from: str = ""  # a pretrained model: a folder, or owner/model on the hub
     n_layer: int = 2  # transformer blocks (with init_from: that model's)
     n_head: int = 4  # attention heads
@@ -126,7 +126,7 @@ def train_generator(config, dataset, device):
 def load_generator(folder, device, expected_p=""):
     """Load a finished generator or policy. Return the frozen model and its tokenizer.
 
-    expected_p: a reward model's inputs["p"]. It must still describe this generator's p
+    expected_p: a reward model's inputs["p"]. It is an error if p.npy has changed since
     """
     checkpoint = load_checkpoint(folder, "generator", "policy")
     if not is_finished(checkpoint):
@@ -206,11 +206,13 @@ def write_p(model, split, folder, metadata):
     mean = float(p.sum(dtype=np.float64) / n_response_tokens)
     digest = file_sha256(folder / "p.npy")
     write_json(folder / "p.json", {**metadata, "digest": digest, "mean": mean})
-    print(f"wrote {folder}/p.npy: {n_response_tokens} response tokens, mean {mean:.3f}")
+    print(
+        f"wrote {folder}/p.npy: {n_response_tokens} response tokens, mean p {mean:.3f}"
+    )
 
 
 def read_p_metadata(folder, expected_p=""):
-    """Read p.json. expected_p: a reward model's inputs["p"], which must still hold."""
+    """Read p.json. It is an error if p.npy has changed since `expected_p`."""
     metadata = read_json(Path(folder) / "p.json", "python generator.py")
     if expected_p and metadata["digest"] not in expected_p:
         raise UserError(
@@ -225,8 +227,8 @@ class Probs:
 
     generator  the generator's probabilities
     uniform    1 at every token: do the probabilities matter?
-    shuffled   the generator's, permuted inside each response. The first token's stays
-               in place, because no transition leads to it
+    shuffled   the generator's, permuted inside each response. The first token's p
+               stays in place, because no transition uses it
     exact      the toy world's exact probabilities
 
     probs[i] -> p of the tokens of pair i's first and second response, two arrays

@@ -1,7 +1,7 @@
-"""The transformer of small open models (Llama's), and the heads of a reward model.
+"""A Llama-style decoder-only transformer, and the heads of a reward model.
 
-RMSNorm before each sublayer, rotary positions, grouped-query attention and SwiGLU.
-`qkv_bias` makes it Qwen 2.5's, `qk_norm` Qwen 3's. Parameters have Hugging Face's
+RMSNorm before each sublayer, rotary positions, grouped-query attention and SwiGLU. With
+`qkv_bias` it matches Qwen 2.5, with `qk_norm` Qwen 3. Parameters have Hugging Face's
 names. LanguageModel, the generator, is the transformer and an LM head. RewardModel adds
 a linear score of each token, and its own LM head for L_SFT (GRM, arXiv 2406.10216).
 """
@@ -23,14 +23,14 @@ WEIGHT_DECAY = 0.1  # of matrices. Biases and norms have none
 CLIP_NORM = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # of AdamW
 FINAL_RATE = 0.1  # of the peak learning rate, at the last step
-SUM_SCALE = 0.1  # c of the prefix reward `sum`
+SUM_SCALE = 0.1  # factor c of the prefix reward `sum`
 PREFIX_REWARDS = ("last", "mean", "sum")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
-    block_size: int  # most tokens of a prompt and one response
+    block_size: int  # maximum tokens of a prompt plus one response
     n_layer: int
     n_head: int
     n_embd: int
@@ -46,7 +46,7 @@ class ModelConfig:
     def __post_init__(self):
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(
-                f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}"
+                f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}"
             )
         defaults = {
             "n_kv_head": self.n_head,
@@ -57,8 +57,8 @@ class ModelConfig:
             object.__setattr__(self, name, getattr(self, name) or value)
         if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise UserError(
-                f"{self.n_head} heads must be a multiple of {self.n_kv_head} key-value "
-                f"heads, and a head's {self.head_dim} channels must be even"
+                f"{self.n_head} heads do not divide by {self.n_kv_head} key-value "
+                f"heads, or the {self.head_dim} channels of a head are not even"
             )
 
 
@@ -222,7 +222,7 @@ class LanguageModel(nn.Module):
     def states_and_targets(self, hidden, batch, rows=None):
         """Response tokens, and the hidden states that predict them.
 
-        rows: number of responses, from the first. None: all k*B
+        rows: use only the first `rows` responses. None: all k*B (see Batch)
         (B, L, C) -> (M, C), (M,), where M is the number of tokens in these responses
         """
         mask = batch.mask[:rows]
@@ -233,7 +233,7 @@ class LanguageModel(nn.Module):
     def lm_logprobs(self, hidden, batch, rows=None):
         """log P(token | all before it) of response tokens, in float32.
 
-        rows: number of responses, from the first. None: all k*B
+        rows: use only the first `rows` responses. None: all k*B (see Batch)
         (B, L, C) -> (rows, T), 0 on padding
         """
         states, targets = self.states_and_targets(hidden, batch, rows)
@@ -278,7 +278,7 @@ class RewardModel(LanguageModel):
         """Freeze the embedding and all blocks but the last `count`."""
         if count > self.config.n_layer:
             raise UserError(
-                f"--train_last_layers={count}, but there are {self.config.n_layer}"
+                f"--train_last_layers={count}, but the model has {self.config.n_layer}"
             )
         self.model.embed_tokens.requires_grad_(False)
         self.model.layers[: self.config.n_layer - count].requires_grad_(False)
@@ -366,8 +366,8 @@ def learning_rate(step, steps, peak, warmup):
 def update(model, optimizer, rate):
     """Clip the gradient, update the weights, clear the gradient.
 
-    Returns the gradient's norm before clipping, without an untied LM head's. That head
-    is clipped separately, so that L_SFT cannot shrink the step of the other weights.
+    Returns the gradient norm before clipping, excluding an untied LM head. That head is
+    clipped separately, so that L_SFT cannot shrink the step of the other weights.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate

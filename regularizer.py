@@ -10,27 +10,28 @@ law of total probability (the paper's Eq. 3) relates it to the rewards one token
 1. The gap bound. Let p be the probability of the observed next token. Take that token
 out of the sum:
 
-    r_m          = p r_m+1 + (1 - p) E[r | a token other than the observed one]
-    r_m - r_m+1  = (1 - p) (E[r | a token other than the observed one] - r_m+1)
-    |r_m - r_m+1| <= 1 - p      for rewards in [0, 1]
+    r_m          = p r_{m+1} + (1 - p) E[r | a token other than the observed one]
+    r_m - r_{m+1}  = (1 - p) (E[r | a token other than the observed one] - r_{m+1})
+    |r_m - r_{m+1}| <= 1 - p      for rewards in [0, 1]
 
-So a predictable token cannot change the reward much. This bound is all that Eq. 3
-implies. The paper's loss (`icrm`) is motivated by it but does not follow from it.
+So a predictable token cannot change the reward much. Eq. 3 says nothing about the
+direction of the change. The paper's loss (`icrm`) is motivated by the bound, but it
+does not follow from it.
 
 2. What the loss is. It is a mean over transitions t (from response token t to t+1) of
 
-    2 p_t l_t = - p_t { sg[z_t+1] log z_t + sg[z_t] log z_t+1 }
+    2 p_t l_t = - p_t { sg[z_{t+1}] log z_t + sg[z_t] log z_{t+1} }
 
 where z_t is the value of the prefix that ends at token t (Eq. 4) and sg stops the
 gradient. Collect the coefficient of each log z_t, with n transitions:
 
     L_reg S = (1/n) sum over tokens of w_t (-log z_t)
-    w_t     = sg[p_t-1 z_t-1 + p_t z_t+1]
+    w_t     = sg[p_{t-1} z_{t-1} + p_t z_{t+1}]
 
 S is a running mean of (sum of w_t) / n. So `icrm` trains every token on the label of
-its response. The weights average about 1. They are larger where the neighbouring
-tokens are predictable and already have a high value. `dense_bt` is the same loss with
-equal weights.
+its response. The normalized weights w_t / S average about 1. They are larger where
+token t and the next one are predictable and the neighbouring prefixes are already
+classified correctly. `dense_bt` is the same loss with equal weights.
 
 A regularizer is a function f(rewards, probs, mask) -> (penalty, scale):
 
@@ -107,9 +108,9 @@ def last_tokens(mask):
 def icrm(rewards, probs, mask):
     """The paper's L_reg: cross-entropy between neighbouring values, weighted by p.
 
-    l_t     = -1/2 { sg[z_t+1] log z_t + sg[z_t] log z_t+1 }
+    l_t     = -1/2 { sg[z_{t+1}] log z_t + sg[z_t] log z_{t+1} }
     penalty = mean over transitions of 2 p_t l_t
-    scale   = mean over transitions of 2 p_t (z_t + z_t+1) / 2
+    scale   = mean over transitions of 2 p_t (z_t + z_{t+1}) / 2
     """
     # task 3
     p, transitions = masked_transitions(probs, mask)  # (2B, T-1)
@@ -125,7 +126,7 @@ def icrm(rewards, probs, mask):
 
 
 def label_weights(rewards, probs, mask):
-    """The weights of -log z_t in `icrm`, w_t = sg[p_t-1 z_t-1 + p_t z_t+1] (2B, T)."""
+    """w_t = sg[p_{t-1} z_{t-1} + p_t z_{t+1}], the weights in `icrm`. -> (2B, T)"""
     # task 3
     p, _ = masked_transitions(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask)).detach()
@@ -160,14 +161,14 @@ def dense_bt(rewards, probs, mask):
 
 
 def squared_gap(rewards, probs, mask):
-    """Two-sided consistency, in which both values get gradient: p_t (z_t - z_t+1)^2."""
+    """Consistency without a stop-gradient: p_t (z_t - z_{t+1})^2."""
     p, transitions = masked_transitions(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask))
     return masked_mean(p * (z[:, 1:] - z[:, :-1]) ** 2, transitions), None
 
 
 def gap_bound(rewards, probs, mask):
-    """Penalize gaps larger than proof 1 allows: max(0, |z_t - z_t+1| - (1 - p_t))^2."""
+    """Penalize too large gaps: max(0, |z_t - z_{t+1}| - (1 - p_t))^2 (proof 1)."""
     # task 4
     p, transitions = masked_transitions(probs, mask)
     z = torch.sigmoid(value_logits(rewards, mask))
@@ -185,7 +186,7 @@ def icrm_gap_bound(rewards, probs, mask):
 
 
 def reward_smoothness(rewards, probs, mask):
-    """Small changes of the reward itself at predictable tokens: p_t (r_t+1 - r_t)^2."""
+    """Penalize reward changes at predictable tokens: p_t (r_{t+1} - r_t)^2."""
     # task 7
     p, transitions = masked_transitions(probs, mask)
     rewards = torch.where(mask, rewards, 0.0)
@@ -195,9 +196,10 @@ def reward_smoothness(rewards, probs, mask):
 
 
 def td_lambda(rewards, probs, mask):
-    """Cross-entropy of z_t to a mixture of later values (TC-lambda, arXiv 2505.16548).
+    """Cross-entropy between z_t and a lambda-return (TC-lambda, arXiv 2505.16548).
 
-    G_last = 1, the label;   G_t = (1 - lambda) z_t+1 + lambda G_t+1
+    G_last = 1, the label. It is 1 for rejected responses too, because Eq. 4 flips z
+    G_t = (1 - lambda) z_{t+1} + lambda G_{t+1}
     penalty = mean over tokens of -{ sg[G_t] log z_t + (1 - sg[G_t]) log(1 - z_t) }
     """
     logits = value_logits(rewards, mask)
@@ -228,8 +230,9 @@ REGULARIZERS = {
 def enumerated_world(depth=5, vocabulary=3, seed=0):
     """A random world small enough to enumerate.
 
-    Returns, for each depth m, the next token's probabilities (V^m, V) and the exact
-    reward of every prefix (V^m,), computed from the complete responses backwards.
+    With a vocabulary of K tokens, returns for each depth m the next token's
+    probabilities (K^m, K) and the exact reward of every prefix (K^m,). Rewards are
+    computed from the complete responses backwards.
     """
     rng = torch.Generator().manual_seed(seed)
     probs = []
@@ -249,13 +252,13 @@ def show_gap_bound():
     print(
         "1. The gap bound in a world of 3 tokens and 5 steps, every prefix enumerated."
     )
-    print("   identity error: of r_m - r_m+1 = (1 - p) (E[r | other token] - r_m+1)\n")
+    print("   identity error: largest deviation from the equation of proof 1\n")
     print("   step  transitions  max |gap|  max |gap| / (1 - p)  identity error")
     for m, p in enumerate(probs):
-        before = rewards[m][:, None]  # (V^m, 1)
-        after = rewards[m + 1].view_as(p)  # (V^m, V)
-        other_tokens = 1 - torch.eye(p.size(1)).double()
-        mean_of_others = (p * after) @ other_tokens / (1 - p)
+        before = rewards[m][:, None]  # (K^m, 1)
+        after = rewards[m + 1].view_as(p)  # (K^m, K)
+        weighted = p * after
+        mean_of_others = (weighted.sum(1, keepdim=True) - weighted) / (1 - p)
         error = (before - after - (1 - p) * (mean_of_others - after)).abs().max()
         gap = (before - after).abs()
         ratio = (gap / (1 - p)).max()
@@ -280,7 +283,7 @@ def show_response():
     gradient = torch.autograd.grad(by_transition, rewards)[0][0]
     print("\n2. A chosen response under `icrm`: every token is trained on the label.")
     print("   p: probability of the token.  w: weight of -log z")
-    print("   gradient: on the reward (negative: the reward will rise)\n")
+    print("   gradient: of the loss w.r.t. the reward (negative: a step raises it)\n")
     print("   token       p     z  w / mean w  gradient")
     for t, word in enumerate(words):
         p_of_token = f"{p[0, t - 1]:.2f}" if t > 0 else ""

@@ -5,7 +5,7 @@
 
 The page (report.html beside the checkpoint) has the accuracies, the calibration,
 best-of-n and halving curves, and the most confident right and wrong pairs of val. Each
-token is coloured by the change of the reward at that token.
+token is coloured by the change in reward.
 
 The picture shows one response of the toy world along its tokens: the exact value V, and
 the values z that a baseline and a second model predict. The response is selected by a
@@ -34,7 +34,7 @@ from data.toy import QUALITY_OF
 from evaluate import evaluate_run, load_reward_model, score, sigmoid, table_lines
 from generator import load_generator, read_p_metadata, response_logprobs
 
-# Where halving drops candidates, as shares of their mean length: three strategies.
+# Where halving drops candidates, as shares of their mean length: three schedules.
 HALVING_SHARES = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))
 CONTROL = {
     code: "\ufffd" for code in [*range(32), 0xFFFE, 0xFFFF]
@@ -183,7 +183,7 @@ def halving_figure(rewards, gold_scores, exact):
         stops = sorted({max(1, round(share * np.mean(lengths))) for share in shares})
         numbers = range(len(gold_scores))
         for row in compare_strategies(rewards, gold_scores, numbers, stops, exact):
-            own = points.setdefault((row["judge"], row["strategy"]), [])
+            own = points.setdefault((row["selector"], row["strategy"]), [])
             own.append((row["tokens"], row["gold"]))
     lines, golds = [], []
     everything = points["reward model", "best of all"][:1]

@@ -1,6 +1,6 @@
 """Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096).
 
-    python train.py                                     the toy world, in a minute
+    python train.py                                     the toy world, in half a minute
     python train.py --regularizer=none                  the baseline
     python train.py --dataset=mine                      your own pairs (data/prepare.py)
     torchrun --standalone --nproc_per_node=K train.py   K processes share each batch
@@ -65,6 +65,7 @@ from regularizer import REGULARIZERS, last_tokens
 
 LM_GRADIENT_SCALE = 1e-3  # share of L_SFT's gradient that reaches the transformer (GRM)
 SCALE_MOMENTUM = 0.95  # of the running mean S
+INITIAL_SCALE = 0.5  # of S: about the mean weight of an untrained model
 WARMUP_SHARE = 0.25  # of all steps
 LOG_COLUMNS = {
     "bt": "bt",
@@ -147,7 +148,7 @@ def collate_probs(pairs):
 
 
 def train(config, dataset, probs, device):
-    """Train the reward model. Return it, and the metrics of the last look at val."""
+    """Train the reward model. Return it, and the last metrics of val."""
     model, optimizer, run, first_step, S = build_or_resume(
         config, dataset, probs, device
     )
@@ -158,8 +159,9 @@ def train(config, dataset, probs, device):
     rank, world_size = process_rank(), process_count()
     print(" step" + "".join(f"{name:>10}" for name in LOG_COLUMNS.values()))
     steps = range(first_step, config.steps)
-    no_bar = None if is_main_process() else True  # None: a bar in a terminal only
-    for step in tqdm(steps, "reward model", disable=no_bar, leave=False):
+    # With disable=None, tqdm shows a bar only in a terminal.
+    disable = None if is_main_process() else True
+    for step in tqdm(steps, "reward model", disable=disable, leave=False):
         numbers = schedule[step]
         p, mask = collate_probs([probs[i] for i in numbers])
         p, mask = p.to(device), mask.to(device)  # (2B, T-1), (2B, T)
@@ -212,7 +214,8 @@ def lm_loss(model, hidden, batch, mask, lm_weight):
     if lm_weight == 0:
         return torch.zeros((), device=hidden.device)
     n_pairs = len(batch.tokens)
-    n_responses = mask[: len(mask) // 2, 0].sum().clamp(min=1)
+    chosen_mask, _ = mask.chunk(2)  # (B, T)
+    n_responses = chosen_mask.any(1).sum().clamp(min=1)
     hidden = scale_gradient(hidden, LM_GRADIENT_SCALE)
     logprobs = model.lm_logprobs(hidden, batch, rows=n_pairs)  # (B, T)
     return length_normalized_nll(logprobs, batch.mask[:n_pairs], n_responses)
@@ -237,7 +240,7 @@ def build_or_resume(config, dataset, probs, device):
     run = Run("reward model", config, inputs, writes=is_main_process())
     optimizer = make_optimizer(model, config.learning_rate)
     first_step = run.resume(model, optimizer)
-    S = run.checkpoint["S"] if config.resume else 0.5
+    S = run.checkpoint["S"] if config.resume else INITIAL_SCALE
     return model, optimizer, run, first_step, torch.tensor(S, device=device)
 
 
@@ -292,7 +295,7 @@ def gather_rewards(rewards, mask):
     shares = [torch.empty_like(rewards) for _ in range(process_count())]
     dist.all_gather(shares, rewards.detach())
     shares[process_rank()] = rewards
-    # Process k has pairs k, k + size, ...: interleave the rows.
+    # Row i of process k is pair i * size + k. Chosen rows stay before rejected ones.
     return torch.stack(shares, 1).flatten(0, 1)  # (2B, T)
 
 
@@ -320,7 +323,7 @@ def prepare_inputs(config):
         settings = {**checkpoint["settings"], "resume": True}
     else:
         tokenizer = open_dataset(config.dataset).tokenizer
-        if tokenizer.is_pretrained:  # its model is the generator, as it is
+        if tokenizer.is_pretrained:  # use the pretrained model itself as the generator
             settings.update(init_from=tokenizer.name, steps=0)
     settings.update(out_dir=config.generator, device=config.device)
     options = [f"--{name}={value}" for name, value in settings.items()]

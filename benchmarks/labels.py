@@ -21,7 +21,7 @@ def evaluate_labels(name, examples, rewards):
 
 
 def label_metrics(examples, rewards):
-    """Examples with one labelled response, on the side of its label -> metrics.
+    """Examples with one labelled response (first if correct, else second) -> metrics.
 
     A correct response should have a reward above 0, an incorrect one below 0. auc:
     probability that a correct response has a higher reward than an incorrect one

@@ -1,6 +1,7 @@
 """RewardBench v1: section scores (Lambert et al., arXiv 2403.13787).
 
-A subset's number of prompts is its weight in its section (rewardbench/constants.py).
+The weights are those of rewardbench/constants.py: a subset's number of prompts, except
+math-prm (984 instead of 447).
 RewardBench's "prior sets" are left out.
 """
 

@@ -74,6 +74,7 @@ def collate(examples):
                 start += len(earlier_response)
             indices = np.arange(start, start + len(example.responses[number]))
             response_positions.append(indices)
+            # The first token of every response is predicted by the prompt's last token.
             previous = np.concatenate([[prompt_end], indices])
             previous_positions.append(previous[: len(indices)])
 
@@ -122,8 +123,8 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     Examples of similar length share a batch, so that little padding is computed: the
     shuffled epoch is cut into chunks of at most 32 batches and at most a quarter of the
     epoch, and each chunk is sorted by length. The result depends on the arguments
-    alone, so a run can resume at any step. Examples that do not fill the last batch
-    wait for the next epoch's shuffle. A dataset smaller than one batch is one batch.
+    alone, so a run can resume at any step. An incomplete last batch is
+    dropped. A dataset smaller than one batch is one batch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -192,5 +193,6 @@ def map_examples(examples, function, max_tokens=MAX_TOKENS):
             continue
         results = function(collate([examples[number] for number in group]))
         for row, result in enumerate(results):
+            # Rows: the first response of all examples, then the second one, ...
             values[group[row % len(group)]].append(result)
     return values

@@ -79,7 +79,7 @@ class ArrayWriter:
 def open_array(path, digest=None):
     """Memory-map an .npy file. digest: the sha256 that it must have."""
     if digest not in (None, file_sha256(path)):
-        raise UserError(f"{path} does not match its description. Make it again")
+        raise UserError(f"{path} does not match its checksum. Make it again")
     try:
         # Slicing a plain array is ten times faster than slicing a memmap.
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
@@ -130,7 +130,9 @@ class Dataset:
         self.folder, self.metadata = folder, metadata
         self.tokenizer = from_dict(metadata["tokenizer"])
         self.kind = metadata["kind"]  # "pairs", "labels" (one response each) or "toy"
-        self.block_size = metadata["block_size"]  # prompt and its longer response
+        self.block_size = metadata[
+            "block_size"
+        ]  # maximum tokens of a prompt plus its longer response
         self.split_names = list(metadata["splits"])
         digests = metadata["digests"]
         self.fingerprint = sha256_of(

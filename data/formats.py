@@ -65,8 +65,8 @@ MARKERS = (
     "### Response:\n",
 )
 MAX_PRINTED = 5  # skipped rows that are printed
-MIN_REPEATED = 20  # characters of a prompt that no response repeats by chance
-MAX_SPACES = 100_000  # in a row. tiktoken does not survive more
+MIN_REPEATED = 20  # characters. A longer prompt is not repeated by chance
+MAX_SPACES = 100_000  # in a row. tiktoken crashes on more
 CONVERT = "Convert it with pandas.{}(A).to_json(B, orient='records', lines=True)"
 REMEDIES = {  # what to do with files that are not JSON lines
     ".zst": "Unpack it with `zstd -d`",
@@ -196,7 +196,7 @@ def read_prompt(row):
         is_named = key in CONVERSATION_KEYS and value and not is_number(value)
         if key not in PAIR_KEYS | LABEL_KEYS and (is_messages or is_named):
             raise BadRow(
-                f"{key!r} looks like part of the conversation, and is not read"
+                f"{key!r} looks like part of the conversation, and is not supported"
             )
     names = []
     for name in PROMPT_KEYS:
@@ -412,7 +412,7 @@ def read_items(
     skipped: a Counter of skipped rows by reason, and of changes to kept rows. None:
         rows are skipped silently, when a file is read a second time
     convert: applied to every row first. It may return None: the row is not wanted
-    subsample: read every so many rows
+    subsample: keep every N-th row
     """
     n_items = n_rows = 0
     keys, bad = Counter(), Counter()
@@ -449,8 +449,8 @@ def print_keys(path, keys):
     """Print which keys of a file were read."""
     read_keys = PAIR_KEYS if "chosen" in keys else PAIR_KEYS | LABEL_KEYS
     read = [key for key in keys if key in read_keys]
-    ignored = [key for key in keys if key not in read_keys] or ["nothing"]
-    print(f"{path}: read {', '.join(read)}. Not read: {', '.join(ignored)}")
+    ignored = [key for key in keys if key not in read_keys] or ["none"]
+    print(f"{path}: read {', '.join(read)}. Ignored: {', '.join(ignored)}")
 
 
 def numbered_lines(path):

@@ -56,12 +56,12 @@ class PrepareConfig:
     source: str = ""  # a published collection, a key of SOURCES. empty: your own file
     input: str = ""  # a JSONL file (also .gz, or a pipe). empty: download the source
     tokenizer: str = "gpt2"  # gpt2, bpe:SIZE (trained on the data), or a model's folder
-    block_size: int = 1024  # most tokens of a prompt and its longer response
-    val_share: float = 0.0  # of prompts held out. 0: the source's own, 0.1 of a file
-    subsample: int = 0  # keep every so many rows. 0: the source's own, 1 of a file
-    wrap_as_chat: bool = False  # turn plain prompts into one Human turn
-    threshold: float = -math.inf  # labels from here on are correct. -inf: the larger
-    max_bad_fraction: float = 0.05  # most rows of a file skipped for one reason
+    block_size: int = 1024  # maximum tokens of a prompt plus its longer response
+    val_share: float = 0.0  # of prompts to hold out. 0: the source's default (0.1)
+    subsample: int = 0  # keep every N-th row. 0: the source's default (1)
+    wrap_as_chat: bool = False  # wrap plain prompts as one user message
+    threshold: float = -math.inf  # labels >= this are correct. -inf: the larger of two
+    max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
 
 
 # Published collections: a raw row -> a row that data/formats.py reads, or None --------
@@ -76,7 +76,7 @@ def convert_hh(row):
 
 
 def convert_unified(row):
-    """Two conversations with ratings. Ties are not wanted."""
+    """Two conversations with ratings. Ties are dropped."""
     ratings = row.get("conv_A_rating"), row.get("conv_B_rating")
     if not all(is_number(rating) for rating in ratings):
         raise BadRow("conv_A_rating or conv_B_rating is not a number")
@@ -319,7 +319,7 @@ def write_text(path, text):
 
 
 def copy_pipe(config, path):
-    """The file to read twice: a pipe is copied beside the dataset first."""
+    """Return a path that can be read twice. A pipe is copied to `path` first."""
     source = Path(config.input)
     if path.parent.resolve() in source.resolve().parents:
         raise UserError(f"{source} is in the folder to write. Move it elsewhere first")

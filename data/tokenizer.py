@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers, run by tiktoken: GPT-2's, or one trained on the dataset.
 
-A tokenizer is saved as a dictionary inside its dataset and inside every checkpoint. The
-name of a special token in data is plain text. Tokenizers of pretrained models are in
-pretrained/tokenizer.py.
+A tokenizer is saved as a dictionary inside its dataset and inside every checkpoint. A
+special token's name that occurs in data is encoded as plain text. Tokenizers of
+pretrained models are in pretrained/tokenizer.py.
 """
 
 import base64
@@ -79,7 +79,7 @@ class Tokenizer:
         self.special = special or {end: len(ranks)}
         self.end_of_text = self.special[end]
         self.vocab_size = 1 + max(*ranks.values(), *self.special.values())
-        # tiktoken needs all 256 bytes. Those missing get ids that encode drops.
+        # tiktoken needs all 256 bytes. Missing ones get ids that encode() removes.
         all_ranks = dict(ranks)
         for byte in range(256):
             all_ranks.setdefault(bytes([byte]), self.vocab_size + byte)
@@ -216,7 +216,7 @@ def make_tokenizer(name, texts):
 def train_bpe(texts, size):
     """Train byte-pair encoding (Sennrich et al. 2016). Returns {bytes: rank}.
 
-    Merges the most frequent pair of neighbors until there are `size` tokens or every
+    Merges the most frequent pair of neighbours until there are `size` tokens or every
     word is one token. Of equally frequent pairs, the smaller pair of bytes is merged.
     """
     frequency = Counter()
@@ -257,7 +257,7 @@ def pop_most_frequent(heap, counts, ranks):
 
 
 class Words:
-    """All distinct words as one array of token ids, with counts of neighboring pairs.
+    """All distinct words as one array of token ids, with counts of neighbouring pairs.
 
     A word is a linked list inside the array, so a merge changes only the places where
     it happens. -1 marks the end of a word, and places whose token was merged away.

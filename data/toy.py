@@ -62,7 +62,7 @@ ARRAYS = {"exact-p": np.float32, "exact-value": np.float32, "kind": np.uint8}
 @dataclass(frozen=True)
 class ToyConfig:
     name: str = "toy"  # the dataset's name, a folder under data/
-    seed: int = 0  # of all splits
+    seed: int = 0  # random seed of all splits
     train: int = 500  # training pairs
     test: int = 1000  # pairs in each of val, decoupled, swapped and longer
     noise: float = 0.0  # share of training pairs with the wrong label
@@ -72,7 +72,7 @@ class ToyConfig:
 
 
 class State(NamedTuple):
-    """How far a response is."""
+    """The state of the process that generates a response."""
 
     step: int = 0  # opening words and clauses that are complete
     quality: int = 0  # true quality so far
@@ -80,7 +80,7 @@ class State(NamedTuple):
 
 
 class Hypothesis(NamedTuple):
-    """A text that the response may be in the middle of."""
+    """A text that fits the tokens so far."""
 
     weight: float  # its probability given the tokens so far
     kind: str  # opening, evidence, remark, filler or end
@@ -110,7 +110,7 @@ class World:
     def choices(self, state):
         """What may follow a state: [(probability, kind, text, next state), ...].
 
-        There are none at the end. No text is the beginning of another one.
+        There are none at the end. The texts are prefix-free.
         """
         clause = state.step - len(OPENING)
         if clause < 0:
@@ -164,7 +164,7 @@ class World:
         return probabilities
 
     def sample(self, rng):
-        """One response. It only calls rng.random(), which is the same everywhere."""
+        """One response. It only calls rng.random(), so all Python versions agree."""
         state, text = State(), ""
         choices = self.choices(state)
         while choices:
@@ -203,7 +203,7 @@ class World:
     def value(self, state):
         """The exact value V: P(better) + 1/2 P(equal).
 
-        A response that continues the state is compared with any other response.
+        A response that continues the state is compared with an independent random one.
         """
         value = 0.0
         for quality, p in self.outcomes(state).items():
@@ -217,7 +217,7 @@ class World:
     def trace(self, tokens, encode, end_of_text, strict=True):
         """Exact probability, value and kind of every token of a response.
 
-        The forward algorithm: it keeps all texts that the response may be in. The kind
+        The forward algorithm: it tracks all texts that fit the tokens so far. The kind
         is marked at the first token of a text, once the text is complete.
 
         tokens: the response, end-of-text last. encode: text -> token ids
@@ -270,7 +270,7 @@ def split_worlds(world):
 
 
 def sample_pairs(world, count, seed, noise=0.0):
-    """`count` times a prompt, a chosen and a rejected response.
+    """Sample `count` triples of a prompt, a chosen and a rejected response.
 
     The response with the higher true quality is chosen, except in a share `noise`.
     """
@@ -319,7 +319,8 @@ def main(config):
         traces = [[0.0, 0.0, 0]] * len(prompt)
         for response in responses:
             traces += worlds[split].trace(response, encode, tokenizer.end_of_text)
-        return dict(zip(ARRAYS, zip(*traces)))
+        p, values, kinds = zip(*traces)
+        return {"exact-p": p, "exact-value": values, "kind": kinds}
 
     write_dataset(
         dataset_folder(config.name),

@@ -28,8 +28,7 @@ OPENING = [
 ]
 
 # What happens to the noun before it. It is neutral by itself and fixed for each noun.
-# Ten actions at six times make 60 different predicates, so every word of an evidence
-# phrase reveals its noun.
+# Ten actions at six times make 60 predicates, so a predicate identifies its noun.
 ACTIONS = (
     "met us",
     "filled rooms",

@@ -150,11 +150,9 @@ def check_task_3(module):
     own_penalty, own_scale = module.icrm(rewards, probs, mask)
     reason = "icrm returns two scalars, penalty and scale"
     expect(isinstance(own_scale, torch.Tensor), reason)
-    reason = (
-        "the penalty is the mean over transitions of 2 p_t l_t. p_t is of token t+1"
-    )
+    reason = "the penalty is the mean over transitions of 2 p_t l_t, p_t of token t+1"
     expect_close(own_penalty, penalty, reason)
-    reason = "the scale is the mean over transitions of 2 p_t (z_t + z_t+1) / 2"
+    reason = "the scale is the mean over transitions of 2 p_t (z_t + z_{t+1}) / 2"
     expect_close(own_scale, scale, reason)
     expect(not own_scale.requires_grad, "the scale must have no gradient")
     own_gradient = gradient_of(own_penalty, rewards)
@@ -166,7 +164,7 @@ def check_task_3(module):
     is_finite = penalty.isfinite() and gradient_of(penalty, large).isfinite().all()
     expect(is_finite, "not finite for rewards of 10,000. Use F.logsigmoid")
     own_weights = module.label_weights(rewards, probs, mask)
-    expect_close(own_weights, weights, "w_t = p_t-1 z_t-1 + p_t z_t+1")
+    expect_close(own_weights, weights, "w_t = p_{t-1} z_{t-1} + p_t z_{t+1}")
     expect(not own_weights.requires_grad, "w_t must have a stop-gradient")
 
 
@@ -179,9 +177,9 @@ def check_task_4(module):
         terms.append(max(0.0, gap - (1 - probs[row, t].item())) ** 2)
     rewards.requires_grad_()
     penalty, scale = module.gap_bound(rewards, probs, mask)
-    reason = "mean over transitions of max(0, |z_t - z_t+1| - (1 - p_t))^2"
+    reason = "mean over transitions of max(0, |z_t - z_{t+1}| - (1 - p_t))^2"
     expect_close(penalty, sum(terms) / len(terms), reason)
-    expect(scale is None, "the bound has no scale")
+    expect(scale is None, "return None as the scale")
     gradient = gradient_of(penalty, rewards)
     expect(gradient.isfinite().all(), "the gradient must be finite, also on padding")
     pair = torch.tensor([[2.0, -2.0], [0.0, 0.0]]).double().requires_grad_()
@@ -217,7 +215,9 @@ def check_task_5(module):
             correlations.append(np.corrcoef(own[1:], p[1:])[0, 1])
             permutations.add(tuple(p.tolist().index(value) for value in own.tolist()))
     expect(abs(np.mean(correlations)) < 0.05, "shuffled: correlated with p itself")
-    expect(len(permutations) == 400, "shuffled: every response its own permutation")
+    expect(
+        len(permutations) == 400, "shuffled: every response needs its own permutation"
+    )
 
 
 def check_task_6(bon, dpo):
@@ -234,7 +234,7 @@ def check_task_6(bon, dpo):
                 bon.best_of_n(rewards, gold_scores, n),
                 np.mean(subset_scores),
                 "best_of_n is the mean over all subsets of n candidates, drawn without "
-                "replacement. Equal rewards share",
+                "replacement. Tied candidates are averaged",
             )
     margins = torch.tensor([0.3, -2.0, 5.0]).double()
     losses = [math.log(1 + math.exp(-0.7 * margin)) for margin in margins.tolist()]

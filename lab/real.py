@@ -7,7 +7,7 @@
 `python train.py` trains the last blocks of a pretrained model on the pairs. Every run
 is measured on held-out pairs, RM-Bench, selection among candidates, and the first wrong
 steps of solutions. A finished run is one line of the results, with the outcome of every
-case, and is not repeated. lab/real.jsonl holds runs of the second edition.
+case, and is not repeated. lab/real.jsonl holds runs of version 2.
 """
 
 import sys
@@ -73,7 +73,7 @@ class Arm(NamedTuple):
     regularizer: str = "none"
     reg_weight: float = 0.5
     p_source: str = "generator"
-    generator: str = "pretrained"  # or scratch: from random weights (second edition)
+    generator: str = "pretrained"  # or scratch: from random weights (version 2)
 
 
 LENGTH = Arm("", "length", 0.0, "", "")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's settings for one GPU: baseline, GRM and ICRM, then the benchmarks.
+# The paper's settings for one GPU: Bradley-Terry, GRM and ICRM, then the benchmarks.
 # Models and data are downloaded.
 #
 #     bash lab/recipes.sh unified40k | unified400k | skywork | math SOLUTIONS.jsonl
@@ -44,16 +44,16 @@ python data/prepare.py --source=rm_bench
 
 python generator.py --dataset="$setting" --init_from="$BASE" $generator
 python train.py --dataset="$setting" $train --regularizer=none --lm_weight=0 \
-  --out_dir="out/$setting-baseline"
+  --out_dir="out/$setting-bt"
 python train.py --dataset="$setting" $train --regularizer=none \
   --out_dir="out/$setting-grm"
 python train.py --dataset="$setting" $train --regularizer=icrm --reg_weight=0.1 \
   --out_dir="out/$setting-icrm"
 
-for name in baseline grm icrm; do
+for name in bt grm icrm; do
   for benchmark in rewardbench rm_bench; do
     python evaluate.py --checkpoint="out/$setting-$name" --wrap_as_chat=True \
       --data="data/$benchmark/test.jsonl" --json="out/$setting-$name/$benchmark.json"
   done
 done
-python evaluate.py --compare="out/$setting-baseline,out/$setting-grm,out/$setting-icrm"
+python evaluate.py --compare="out/$setting-bt,out/$setting-grm,out/$setting-icrm"

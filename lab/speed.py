@@ -5,10 +5,12 @@
     python lab/speed.py --device=cuda --n_layer=12 --n_head=12 --n_embd=768 \\
         --vocab_size=50257
 
-The padded step reads a row for every response, beginning with the prompt, so it reads
-prompts twice. Its batches are drawn at random. The generator runs in every step, or p
-is stored. train.py's step reads one row per pair, in batches of similar length, and p
-is stored. All three compute logits for chosen responses only.
+1. The padded step reads a row for every response, which begins with the prompt. So it
+   reads prompts twice. Its batches are random. The generator runs in every step.
+2. The same, but p is stored.
+3. train.py's step reads one row per pair, in batches of similar length. p is stored.
+
+All three compute logits for chosen responses only.
 
 Lengths are those of 512 real pairs (lab/lengths.json). Tokens are random, which does
 not change the speed. Relative times compare steps of the same turn, because the speed

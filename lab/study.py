@@ -6,7 +6,7 @@
 A seed is a new dataset, generator, training run and set of candidates. All arms meet
 the same seeds, and differences are paired by seed. An arm is trained by `python
 train.py` with the defaults of all other settings. A finished run is one line of the
-results and is not repeated. lab/study.jsonl holds runs of the second edition.
+results and is not repeated. lab/study.jsonl holds runs of version 2.
 """
 
 import sys
@@ -233,7 +233,7 @@ INTRODUCTION = """A cell is the mean over seeds. In parentheses is its differenc
 first row of the table, with half of its 95% interval. Differences are paired by seed. A
 bold one is significant in an exact sign-flip test, after Bonferroni correction over all
 {comparisons} differences of these tables. Regularizers that ignore p have none in their
-row. Edition of the project that the runs are from: {editions}.
+row. Version of the project that the runs are from: {editions}.
 """
 COLUMNS = {  # key of a record -> column, explanation
     "val": ("val", "accuracy on val, which has the training distribution"),

@@ -42,7 +42,8 @@ def find_folder(name, weights=False):
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except ImportError:
         raise UserError(
-            f"{name} is no folder here. To download it, `pip install huggingface_hub`"
+            f"{name} is not a local folder. To download it, "
+            "`pip install huggingface_hub`"
         ) from None
     except Exception as error:  # networks and access rules fail in many ways
         reason = " ".join(str(error).split())

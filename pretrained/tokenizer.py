@@ -45,7 +45,7 @@ class PretrainedTokenizer(Tokenizer):
 
     Arguments as for Tokenizer, and:
     chat_format: a key of CHAT_FORMATS. Empty: prompts stay as they are in the data
-    text_tokens: the added tokens that text may contain. The others are special
+    text_tokens: the added tokens that are not special, such as <think>
     """
 
     is_pretrained = True

@@ -54,9 +54,9 @@ def test_strategies_are_compared_at_their_token_budgets():
     gold = [[4.0, 0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
     rows = {}
     for row in bon.compare_strategies(rewards, gold, "ab", [1], rewards):
-        rows[row["judge"], row["strategy"]] = row
+        rows[row["selector"], row["strategy"]] = row
     expected = {
-        ("random", "one"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
+        ("random", "single sample"): ([7 / 4, 1 / 3], [10 / 4, 6 / 3]),
         ("reward model", "best of all"): ([4, 1], [10, 6]),
         # Two of four go on: 1 + 1 + 2 + 4 tokens. Of three, two: 3 + 1 + 1.
         ("reward model", "halving"): ([1, 1], [8, 5]),
@@ -116,7 +116,7 @@ def run(**settings):
 
 
 def strategies(results, key):
-    return {(r["judge"], r["strategy"]): r[key] for r in results["strategies"]}
+    return {(r["selector"], r["strategy"]): r[key] for r in results["strategies"]}
 
 
 def test_finished_responses_get_their_true_quality_or_a_judges_reward(inside):

@@ -128,7 +128,7 @@ def test_a_damaged_old_or_unknown_dataset_is_one_line(folder, bpe):
     for saved, message in (
         ([], "damaged"),
         ({**metadata, "kind": "labels"}, "was edited"),
-        (metadata, "another edition.*python data/prepare.py"),
+        (metadata, "another version.*python data/prepare.py"),
     ):
         (folder / "dataset.json").write_text(json.dumps(saved))
         with pytest.raises(UserError, match=message):

@@ -114,11 +114,11 @@ def test_intervals_count_prompts_and_not_rows():
         assert interval == pytest.approx(expected, abs=1e-12)
         assert (metrics["n"], metrics["prompts"]) == (200 * times, 200)
         assert metrics["ties"] == (~correct).sum() * times
-    assert evaluate.independent_cases([1] * 9, ["the same"] * 9) == 1
-    assert evaluate.independent_cases([1, 1, 0, 0], "aabb") == 2
+    assert evaluate.effective_sample_size([1] * 9, ["the same"] * 9) == 1
+    assert evaluate.effective_sample_size([1, 1, 0, 0], "aabb") == 2
 
 
-def test_independent_cases_equal_a_double_loop():
+def test_effective_sample_size_equal_a_double_loop():
     rng = np.random.default_rng(1)
     correct, prompts = rng.random(200) < 0.7, rng.integers(0, 60, 200)
     share, covariance = correct.mean(), 0.0
@@ -127,7 +127,7 @@ def test_independent_cases_equal_a_double_loop():
             if prompts[i] == prompts[j]:
                 covariance += (correct[i] - share) * (correct[j] - share)
     expected = min(200, share * (1 - share) * 200**2 / covariance)
-    cases = evaluate.independent_cases(correct, prompts)
+    cases = evaluate.effective_sample_size(correct, prompts)
     assert cases == pytest.approx(expected)
 
 

@@ -351,9 +351,9 @@ def test_a_read_only_folder_is_one_line(inside):
     assert code == 2 and stderr.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_checkpoint_of_the_second_edition_is_refused_in_one_line(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path):
     torch.save({"kind": "reward model", "checksum": "0" * 64}, tmp_path / "ckpt.pt")
-    message = "comes from another edition. Train the model again"
+    message = "comes from another version of this project. Train again"
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path, "reward model")
 

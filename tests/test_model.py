@@ -230,7 +230,7 @@ def test_training_the_last_layers_freezes_the_rest(reward_model):
     assert {"model.norm.weight", "score.weight", "lm_head.weight"} <= set(trained)
     rest = set(trained) - {"model.norm.weight", "score.weight", "lm_head.weight"}
     assert rest and all(name.startswith("model.layers.1.") for name in rest)
-    with pytest.raises(UserError, match="--train_last_layers=3, but there are 2"):
+    with pytest.raises(UserError, match="--train_last_layers=3, but the model has 2"):
         reward_model.train_last_layers(3)
 
 
@@ -276,9 +276,9 @@ def test_the_learning_rate_warms_up_and_then_falls_to_a_tenth():
 
 def test_impossible_sizes_are_named():
     for sizes, message in (
-        ((3, 16), "--n_embd=16 is no multiple of --n_head=3"),
-        ((4, 16, 3), "4 heads must be a multiple of 3"),
-        ((2, 6), "3 channels must be even"),
+        ((3, 16), "--n_embd=16 is not a multiple of --n_head=3"),
+        ((4, 16, 3), "4 heads do not divide by 3"),
+        ((2, 6), "3 channels of a head are not even"),
     ):
         with pytest.raises(UserError, match=message):
             ModelConfig(9, 9, 1, *sizes)

@@ -72,10 +72,10 @@ def test_the_keys_that_were_read_are_printed_and_repeated_rows_counted(capsys):
     opposite = {"prompt": "Q1?", "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
     run(*rows, rows[0], opposite, name="mine")
     output = capsys.readouterr().out
-    assert "x.jsonl: read prompt, chosen, rejected. Not read: score" in output
+    assert "x.jsonl: read prompt, chosen, rejected. Ignored: score" in output
     assert "1 (repeated rows), 1 (rows that contradict another row)" in output
     run(*[{**row, "label": 0, "responses": []} for row in rows], name="both")
-    assert "rejected. Not read: score, label, responses\n" in capsys.readouterr().out
+    assert "rejected. Ignored: score, label, responses\n" in capsys.readouterr().out
 
 
 def test_many_skipped_rows_are_an_error_unless_allowed():

@@ -314,7 +314,7 @@ def test_train_last_layers_changes_only_the_last_layers(prepared):
     assert any("layers.1" in name for name in changed)
     for name in changed:
         assert "layers.1" in name or name in ("model.norm.weight", "lm_head.weight")
-    with pytest.raises(UserError, match="--train_last_layers=3, but there are 2"):
+    with pytest.raises(UserError, match="--train_last_layers=3, but the model has 2"):
         run("out/b", train_last_layers=3)
 
 

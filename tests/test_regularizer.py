@@ -154,7 +154,7 @@ def test_icrm_by_token_is_icrm(batch):
 
 
 def test_the_gap_bound_holds_and_is_tight():
-    """Proof 1: r_m - r_m+1 = (1 - p) (E[r | another token] - r_m+1)."""
+    """Proof 1: r_m - r_{m+1} = (1 - p) (E[r | another token] - r_{m+1})."""
     probs, rewards = enumerated_world(depth=5, vocabulary=4, seed=3)
     largest = 0.0
     for m, table in enumerate(probs):
