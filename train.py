@@ -1,6 +1,6 @@
 """Train a reward model with intra-trajectory consistency (ICRM, arXiv 2506.09096).
 
-    python train.py                                     the toy world, in half a minute
+    python train.py                                     the toy world, about a minute
     python train.py --regularizer=none                  the baseline
     python train.py --dataset=mine                      your own pairs (data/prepare.py)
     torchrun --standalone --nproc_per_node=K train.py   K processes share each batch
