@@ -11,7 +11,7 @@ import heapq
 import re
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -224,98 +224,69 @@ def train_bpe(texts, size):
         frequency.update(re.findall(split_pattern(), text))
     ranks = {bytes([byte]): byte for byte in range(256)}
     tokens, heap = list(ranks), []
-    words = Words(frequency)
-    changed_pairs = words.count_pairs(np.arange(len(words.symbols)), +1)
+    symbols, weights = flatten_words(frequency)
+    counts = count_pairs(symbols, weights, np.arange(len(symbols) - 1))
+    changed_pairs = list(counts)
     while len(ranks) < size:
         for pair in changed_pairs:
-            left, right = pair
-            heapq.heappush(heap, (-words.counts[pair], tokens[left], tokens[right]))
-        pair = pop_most_frequent(heap, words.counts, ranks)
-        if pair is None:
+            if counts[pair]:
+                left, right = pair
+                heapq.heappush(heap, (-counts[pair], tokens[left], tokens[right]))
+        changed_pairs = []
+        if not heap:
             break
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        if merged not in ranks:  # two pairs can make the same token
-            ranks[merged] = len(ranks)
-            tokens.append(merged)
-        changed_pairs = words.merge(pair, ranks[merged])
+        negative_count, left, right = heapq.heappop(heap)
+        pair = ranks[left], ranks[right]
+        if counts[pair] != -negative_count:
+            continue  # the count has changed since it was pushed
+        if left + right not in ranks:  # two pairs can make the same token
+            ranks[left + right] = len(ranks)
+            tokens.append(left + right)
+
+        first = find_pair(symbols, pair)
+        touching = np.concatenate([first - 1, first, first + 1])
+        removed = count_pairs(symbols, weights, touching)
+        symbols[first] = ranks[left + right]
+        symbols, weights = np.delete(symbols, first + 1), np.delete(weights, first + 1)
+        first -= np.arange(len(first))  # each deletion moves what follows it
+        added = count_pairs(symbols, weights, np.concatenate([first - 1, first]))
+        counts.subtract(removed)
+        counts.update(added)
+        changed_pairs = removed | added
     return ranks
 
 
-def pop_most_frequent(heap, counts, ranks):
-    """Remove the most frequent pair from the heap, or return None if it is empty.
+def flatten_words(frequency):
+    """All distinct words as one array of token ids, and the frequency of their words.
 
-    Counts that have fallen since they were pushed are corrected here.
+    -1 stands before the first word and after every word.
     """
-    while heap:
-        negative_count, left, right = heapq.heappop(heap)
-        pair = ranks[left], ranks[right]
-        if counts[pair] == -negative_count:
-            return pair
-        if counts[pair] > 0:
-            heapq.heappush(heap, (-counts[pair], left, right))
-    return None
+    words = [b"\0"]
+    words += [word.encode("utf-8", "replace") + b"\0" for word in frequency]
+    lengths = [len(word) for word in words]
+    symbols = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
+    symbols[np.cumsum(lengths) - 1] = -1
+    return symbols, np.repeat([0, *frequency.values()], lengths)
 
 
-class Words:
-    """All distinct words as one array of token ids, with counts of neighbouring pairs.
+def count_pairs(symbols, weights, places):
+    """Count the pairs that start at these places. Returns {(left, right): count}."""
+    places = np.unique(places)
+    left, right = symbols[places], symbols[places + 1]
+    is_pair = (left >= 0) & (right >= 0)
+    keys = (left << 32 | right)[is_pair]
+    keys, numbers = np.unique(keys, return_inverse=True)
+    totals = np.bincount(numbers, weights[places][is_pair]).astype(np.int64)
+    pairs = zip((keys >> 32).tolist(), (keys & (2**32 - 1)).tolist())
+    return Counter(dict(zip(pairs, totals.tolist())))
 
-    A word is a linked list inside the array, so a merge changes only the places where
-    it happens. -1 marks the end of a word, and places whose token was merged away.
-    """
 
-    def __init__(self, frequency):
-        words = [word.encode("utf-8", "replace") + b"\0" for word in frequency]
-        lengths = [len(word) for word in words]
-        self.symbols = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
-        self.symbols[np.cumsum(lengths, dtype=np.int64) - 1] = -1
-        self.weights = np.repeat(list(frequency.values()), lengths).astype(np.int64)
-        numbers = np.arange(len(self.symbols))
-        self.next, self.previous = np.roll(numbers, -1), np.roll(numbers, 1)
-        self.counts = Counter()  # (left, right) -> weighted count
-        self.places = defaultdict(list)  # pair -> arrays of places, some outdated
-
-    def count_pairs(self, places, sign):
-        """Add (+1) or subtract (-1) the pairs that start at these places.
-
-        Returns the pairs.
-        """
-        places = np.unique(places)
-        left, right = self.symbols[places], self.symbols[self.next[places]]
-        is_pair = (left >= 0) & (right >= 0)
-        places, keys = places[is_pair], (left << 32 | right)[is_pair]
-        order = np.argsort(keys, kind="stable")
-        keys, starts = np.unique(keys[order], return_index=True)
-        pairs = list(zip((keys >> 32).tolist(), (keys & (2**32 - 1)).tolist()))
-        for pair, own_places in zip(pairs, np.split(places[order], starts[1:])):
-            self.counts[pair] += sign * int(self.weights[own_places].sum())
-            if sign > 0:
-                self.places[pair].append(own_places)
-        return pairs
-
-    def merge(self, pair, token):
-        """Replace every occurrence of the pair by token. Returns the new pairs."""
-        left, right = pair
-        first = np.unique(np.concatenate(self.places.pop(pair)))
-        is_current = self.symbols[first] == left
-        is_current &= self.symbols[self.next[first]] == right
-        first = first[is_current]
-        if left == right:
-            first = self.drop_overlaps(first)
-        second = self.next[first]
-        after = self.next[second]
-        affected = np.concatenate([self.previous[first], first, second])
-        self.count_pairs(affected, -1)
-        self.symbols[first], self.symbols[second] = token, -1
-        self.next[first], self.previous[after] = after, first
-        return self.count_pairs(np.concatenate([self.previous[first], first]), +1)
-
-    def drop_overlaps(self, first):
-        """Of overlapping occurrences such as those of `aa` in `aaa`, keep every other.
-
-        first: where the occurrences start, in increasing order
-        """
-        numbers = np.arange(len(first))
-        starts_run = np.ones(len(first), dtype=bool)
-        starts_run[1:] = first[1:] != self.next[first[:-1]]
-        run_start = np.maximum.accumulate(np.where(starts_run, numbers, 0))
-        return first[(numbers - run_start) % 2 == 0]
+def find_pair(symbols, pair):
+    """Where a pair starts. Of overlapping pairs, as in `aaa`, the first is kept."""
+    left, right = pair
+    is_first = (symbols[:-1] == left) & (symbols[1:] == right)
+    kept = []
+    for place in np.flatnonzero(is_first).tolist():
+        if not kept or kept[-1] != place - 1:
+            kept.append(place)
+    return np.array(kept)
