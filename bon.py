@@ -33,7 +33,7 @@ from model import KVCache
 
 BOOTSTRAP_SAMPLES = 1000
 MAX_CACHE = 2**31  # bytes of keys and values while sampling
-# Responses of one prompt in a row. The cost of attention grows with length squared.
+# Most responses in one row of a batch. Attention costs length squared.
 RESPONSES_PER_ROW = 8
 
 
@@ -59,7 +59,7 @@ class BonConfig:
 class Sampler:
     """Samples n responses to each prompt, token by token.
 
-    A prompt is read once. Its keys and values are shared by its n rows.
+    The model reads a prompt once. Its keys and values are copied to its n rows.
 
     prompts: (P, T) int64, all of one length
     rng: torch.Generator on the prompts' device
@@ -250,7 +250,7 @@ def best_of_n_curve(rewards, gold_scores, prompts):
     """Best-of-n for n = 1, 2, 4, ..., as rows of a table.
 
     rewards, gold_scores: one list per set of candidates. prompts: the sets' prompts
-    random, oracle: a random candidate, and the one with the highest gold score
+    random, oracle: a random candidate, and the best of n by gold score
     kl_at_most: upper bound of the KL divergence from the generator, log n - (n - 1) / n
     """
     rows, rng, n = [], np.random.default_rng(0), 1
@@ -369,7 +369,8 @@ def summarize(selector, strategy, gold_scores, tokens, prompts):
 def halving_online(model, generator, dataset, examples, lengths, config, score_gold):
     """Halving while sampling, which is what saves tokens. One more row of the table.
 
-    examples: the prompts, with complete candidates for those where no survivor finishes
+    examples: prompts with finished candidates. If no survivor finishes, the first one
+        of these is selected
     score_gold: Examples -> a list of gold scores for each
     """
     rng = torch.Generator(generator.device).manual_seed(config.seed)

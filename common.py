@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 # Idle OpenMP threads wait by spinning. Long spins slow down a busy machine a lot.
-# OpenMP reads this variable when torch is imported.
+# GNU OpenMP reads GOMP_SPINCOUNT when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 import torch
@@ -192,10 +192,10 @@ def check_choice(name, value, options):
 
 
 def check_finite(step, *values):
-    """End a run whose loss or gradient is not finite."""
+    """End a run whose loss, gradient or weights are not finite."""
     if not all(math.isfinite(value) for value in values):
         raise UserError(
-            f"the loss or its gradient is not finite at step {step}. The last "
+            f"loss, gradient or weights are not finite at step {step}. The last "
             "checkpoint, if any, is kept. Try a smaller --learning_rate"
         )
 
@@ -315,7 +315,7 @@ def file_sha256(path):
 
 
 def open_output(path, *inputs):
-    """Open a file that the user names for writing.
+    """Open an output file that the user named.
 
     A path that is one of the command's inputs is refused, and so is a file of a run or
     dataset in an input folder.

@@ -6,8 +6,9 @@
                                                              find the first wrong step
     python evaluate.py --compare=out/toy-none-seed0,out/toy-icrm-seed0
 
-The reward of a response is that of its last token, end-of-text. A tie counts as wrong.
-Intervals are Wilson's, with an effective sample size for pairs that share a prompt.
+The reward of a response is that of the prefix that ends with end-of-text. A tie counts
+as wrong. Intervals are Wilson's, with an effective sample size for pairs that share a
+prompt.
 """
 
 import math
@@ -34,7 +35,7 @@ import torch
 from data.batch import map_examples
 from data.dataset import open_dataset
 from data.tokenizer import from_dict
-from model import ModelConfig, RewardModel, build_model
+from model import ModelConfig, RewardModel, load_weights
 
 COLUMNS = {  # key of the metrics -> column of the table
     "n": "pairs",
@@ -75,7 +76,7 @@ def load_reward_model(path, device):
         step, steps = checkpoint["step"], settings["steps"]
         print(f"warning: {path} is not finished, step {step} of {steps}")
     config = ModelConfig(**checkpoint["model_config"])
-    model = build_model(RewardModel(config, settings["prefix_reward"]), checkpoint)
+    model = load_weights(RewardModel(config, settings["prefix_reward"]), checkpoint)
     model = model.to(pick_device(device)).eval()
     return model, from_dict(checkpoint["tokenizer"]), checkpoint
 
@@ -121,7 +122,7 @@ def effective_sample_size(correct, prompts):
     """The effective sample size of cases that are clustered by prompt.
 
     It is the variance of one case divided by that of the clustered mean, at most
-    len(correct). If all cases agree, it is the number of prompts. For example,
+    len(correct). If that variance is 0, it is the number of prompts. For example,
     [1, 1, 0, 0] of two prompts with two cases each is 2.0.
     """
     share, totals = float(np.mean(correct)), defaultdict(float)
@@ -191,7 +192,8 @@ def value_agreement(rewards, values, kinds):
         evidence's, else 0
     correlation        Pearson's, of z and V
     calibration_error  over ten bins of z: mean gap between z and V
-    credit_leak        mean |r_t - r_t-1| at remarks, relative to that at evidence
+    credit_leak        mean |r_t - r_t-1| at the first token of remarks, relative to
+                       that of evidence
     oracle             accuracy when pairs are ranked by V at the last token
     """
     changes = np.concatenate([np.abs(np.diff(r, prepend=r[0])) for r in rewards])

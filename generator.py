@@ -126,7 +126,7 @@ def train_generator(config, dataset, device):
 def load_generator(folder, device, expected_p=""):
     """Load a finished generator or policy. Return the frozen model and its tokenizer.
 
-    expected_p: a reward model's inputs["p"]. It is an error if p.npy has changed since
+    expected_p: the fingerprint of p that a reward model was trained with (Probs)
     """
     checkpoint = load_checkpoint(folder, "generator", "policy")
     if not is_finished(checkpoint):
@@ -212,11 +212,11 @@ def write_p(model, split, folder, metadata):
 
 
 def read_p_metadata(folder, expected_p=""):
-    """Read p.json. It is an error if p.npy has changed since `expected_p`."""
+    """Read p.json. expected_p: the fingerprint of p that it must match, if given."""
     metadata = read_json(Path(folder) / "p.json", "python generator.py")
     if expected_p and metadata["digest"] not in expected_p:
         raise UserError(
-            f"the generator in {folder} was trained again after the reward model. "
+            f"p in {folder} was computed again after the reward model was trained. "
             "Train the reward model again"
         )
     return metadata

@@ -320,7 +320,7 @@ def length_normalized_nll(logprobs, mask, n_responses=None):
     return per_response.sum() / n_responses
 
 
-def build_model(model, checkpoint):
+def load_weights(model, checkpoint):
     """Load a checkpoint's weights into a model of its configuration."""
     try:
         model.load_state_dict(checkpoint["model"])
@@ -333,7 +333,7 @@ def build_model(model, checkpoint):
 def load_language_model(checkpoint):
     """The frozen LanguageModel of a generator's or a policy's checkpoint."""
     model = LanguageModel(ModelConfig(**checkpoint["model_config"]))
-    return build_model(model, checkpoint).eval().requires_grad_(False)
+    return load_weights(model, checkpoint).eval().requires_grad_(False)
 
 
 # Optimization -------------------------------------------------------------------------

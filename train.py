@@ -110,8 +110,8 @@ class TrainConfig:
 def bradley_terry(rewards, mask):
     """L_BT: -log sigma(reward of chosen - reward of rejected), mean over pairs.
 
-    The reward of a response is that of its last token. A missing response has reward 0,
-    so a single labelled response gets binary cross-entropy.
+    The reward of a response is that of the prefix that ends at its last token. A missing
+    response has reward 0, so a single labelled response gets binary cross-entropy.
     (2B, T), (2B, T) -> loss (), margins (B,)
     """
     final_rewards = torch.where(last_tokens(mask), rewards, 0.0).sum(1)  # (2B,)
@@ -288,7 +288,10 @@ def wait_for_processes():
 
 
 def gather_rewards(rewards, mask):
-    """This process's rewards among those of all. (2b, t) -> (2B, T)"""
+    """The rewards of the whole batch. Only this process's b pairs have gradient.
+
+    (2b, t) -> (2B, T)
+    """
     if process_count() == 1:
         return rewards
     rewards = F.pad(rewards, (0, mask.size(1) - rewards.size(1)))  # (2b, T)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# Padded tokens of a batch that is read without gradient. On a CPU such a batch is fast
-# when it fits into the cache.
+# Maximum tokens, with padding, of a batch in a forward pass without gradient. On a CPU
+# such a batch is fast when it fits into the cache.
 MAX_TOKENS = 2**14 if torch.cuda.is_available() else 2**11
 
 
 class Example(NamedTuple):
     prompt: np.ndarray  # (P,) token ids, at least one
-    responses: tuple  # arrays of token ids, end-of-text last (empty: no response)
+    responses: tuple  # arrays of token ids, end-of-text last (an empty one is missing)
 
     @property
     def length(self):
@@ -34,9 +34,9 @@ class Batch(NamedTuple):
 
     tokens: torch.Tensor  # (B, L) token ids: prompt | chosen | rejected
     positions: torch.Tensor  # (B, L) position ids. A response continues the prompt
-    segments: torch.Tensor  # (B, L) 0 prompt, 1 chosen, 2 rejected, -1 padding
+    segments: torch.Tensor  # (B, L) 0 prompt, i the i-th response, -1 padding
     response_positions: torch.Tensor  # (k*B, T) index of each token in tokens.flatten()
-    previous_positions: torch.Tensor  # (k*B, T) index of the token before it
+    previous_positions: torch.Tensor  # (k*B, T) index of the token that predicts it
     mask: torch.Tensor  # (k*B, T) True on response tokens
 
     def to(self, device):
@@ -161,8 +161,8 @@ class BatchSchedule:
 def length_batches(examples, max_tokens):
     """Group examples of similar length and with equally many responses.
 
-    Yields lists of example numbers. A group has at most max_tokens with padding, or is
-    one example.
+    Yields lists of example indices. With padding, a group has at most max_tokens,
+    unless it is a single longer example.
     """
 
     def sort_key(number):

@@ -39,7 +39,9 @@ KEPT_ROW_NOTES = (TRUNCATED, REPEATED_PROMPT, LONG_CANDIDATE, PARTIAL_ANSWERS)
 def dataset_folder(name):
     """data/NAME. Raises a UserError unless NAME is the name of one plain folder."""
     if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"--name must name one folder inside data/, not {name!r}")
+        raise UserError(
+            f"a dataset's name must be one folder inside data/, not {name!r}"
+        )
     return Path("data") / name
 
 
@@ -241,7 +243,8 @@ def write_dataset(
         }
         write_json(folder / "dataset.json", description)
     sizes = ", ".join(f"{split} {count['examples']}" for split, count in counts.items())
-    print(f"wrote {folder}: {sizes} examples. Skipped: {format_counts(skipped)}")
+    notes = format_counts(skipped)
+    print(f"wrote {folder}: {sizes} examples. Skipped or changed: {notes}")
 
 
 def tokenize_rows(rows, tokenizer, block_size, skipped):

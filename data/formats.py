@@ -519,7 +519,9 @@ def read_examples(
     if not tokenized:
         raise UserError(f"no row of {path} is left. Skipped: {format_counts(skipped)}")
     check_skipped(path, too_long, len(items), max_bad_fraction)
-    print(f"{path}: {len(tokenized)} rows. Skipped: {format_counts(skipped)}")
+    print(
+        f"{path}: {len(tokenized)} rows. Skipped or changed: {format_counts(skipped)}"
+    )
     n_skipped = 0
     for reason, count in skipped.items():
         if reason not in KEPT_ROW_NOTES:

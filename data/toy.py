@@ -76,7 +76,7 @@ class State(NamedTuple):
 
     step: int = 0  # opening words and clauses that are complete
     quality: int = 0  # true quality so far
-    pending: int | None = None  # number of the evidence whose remark follows
+    pending: int | None = None  # index of the evidence whose remark follows
 
 
 class Hypothesis(NamedTuple):

@@ -248,7 +248,7 @@ def test_a_generator_that_was_trained_again_is_refused(inside, tmp_path, command
     checkpoint = load_checkpoint("out/run", "reward model")
     checkpoint["inputs"]["p"] = "generator another"
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="out/toy-generator was trained again"):
+    with pytest.raises(UserError, match="p in out/toy-generator was computed again"):
         command(str(tmp_path / "ckpt.pt"))
 
 
