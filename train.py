@@ -110,7 +110,7 @@ class TrainConfig:
 def bradley_terry(rewards, mask):
     """L_BT: -log sigma(reward of chosen - reward of rejected), mean over pairs.
 
-    The reward of a response is that of the prefix that ends at its last token. A missing
+    A response's reward is that of the prefix that ends at its last token. A missing
     response has reward 0, so a single labelled response gets binary cross-entropy.
     (2B, T), (2B, T) -> loss (), margins (B,)
     """

@@ -34,12 +34,12 @@ def main(config):
     check_range(config, 5, 100, "seeds")
     for name in (config.regularizer, config.against):
         check_choice("regularizer", name, REGULARIZERS)
-    own_arm, other_arm = Arm(config.regularizer), Arm(config.against)
+    arms = [Arm(config.regularizer), Arm(config.against)]
     seeds = list(range(config.first_seed, config.first_seed + config.seeds))
     differences = []
     for seed in seeds:
         quality = {}
-        for run in run_seed("sum", seed, [own_arm, other_arm]):
+        for run in run_seed("sum", seed, arms):
             quality[run["regularizer"]] = run["halving_50"]
         differences.append(quality[config.regularizer] - quality[config.against])
         print(f"seed {seed}: {differences[-1]:+.3f}")
