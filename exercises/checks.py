@@ -37,8 +37,8 @@ def expect(condition, reason):
 def expect_close(value, expected, reason):
     value = torch.as_tensor(value, dtype=torch.float64)
     expected = torch.as_tensor(expected, dtype=torch.float64)
-    shapes = tuple(value.shape), tuple(expected.shape)
-    expect(shapes[0] == shapes[1], f"{reason}: shape {shapes[0]}, not {shapes[1]}")
+    shapes = f"shape {list(value.shape)}, not {list(expected.shape)}"
+    expect(value.shape == expected.shape, f"{reason}: {shapes}")
     expect(torch.allclose(value, expected, rtol=1e-9, atol=1e-9), reason)
 
 
@@ -146,8 +146,7 @@ def check_task_3(module):
     for row, length in enumerate(LENGTHS):
         for t in range(length):
             gradient[row, t] = weights[row, t] * (1 - z[row][t]) / n
-            if row < 2:
-                gradient[row, t] *= -1
+    gradient[:2] *= -1  # z of a chosen response rises with r
     rewards.requires_grad_()
     own_penalty, own_scale = module.icrm(rewards, probs, mask)
     is_tensor = isinstance(own_scale, torch.Tensor)
@@ -214,9 +213,8 @@ def check_task_5(module):
             correlations.append(np.corrcoef(own[1:], p[1:])[0, 1])
             permutations.add(tuple(p.tolist().index(value) for value in own.tolist()))
     expect(abs(np.mean(correlations)) < 0.05, "shuffled: correlated with p itself")
-    expect(
-        len(permutations) == 400, "shuffled: every response needs its own permutation"
-    )
+    is_own = len(permutations) == 400
+    expect(is_own, "shuffled: every response needs its own permutation")
 
 
 def check_task_6(bon, dpo):
