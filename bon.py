@@ -19,7 +19,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from common import UserError, check_range, format_json, open_output, run_script
+from common import (
+    UserError,
+    check_range,
+    find_near,
+    format_json,
+    open_output,
+    run_script,
+)
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -422,8 +429,9 @@ def open_generator(tokenizer, checkpoint, config):
     for each. The scores are the judge's rewards, or the toy world's true qualities.
     """
     settings, inputs = checkpoint["settings"], checkpoint["inputs"]
-    generator, _ = load_generator(settings["generator"], config.device, inputs["p"])
-    dataset = open_dataset(settings["dataset"], inputs["data"])
+    folder = find_near(checkpoint, settings["generator"])
+    generator, _ = load_generator(folder, config.device, inputs["p"])
+    dataset = open_dataset(settings["dataset"], checkpoint)
     if config.judge:
         judge, its_tokenizer, _ = load_reward_model(config.judge, config.device)
         check_same_tokenizer("judge", its_tokenizer, tokenizer)

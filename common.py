@@ -16,16 +16,42 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+
+def print_uncaught(kind, error, traceback):
+    """Print an uncaught exception. Ctrl-C before run_script is one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by SIGINT", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def exit_at_once(number, frame):
+    os.write(2, b"stopped by SIGINT\n")
+    os._exit(128 + number)
+
+
+sys.excepthook = print_uncaught
+# While torch is imported, its C++ code may swallow a KeyboardInterrupt.
+in_main_thread = threading.current_thread() is threading.main_thread()
+replaces_handler = (
+    in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+)
+if replaces_handler:
+    signal.signal(signal.SIGINT, exit_at_once)
 # Idle OpenMP threads wait by spinning. Long spins slow down a busy machine a lot.
 # GNU OpenMP reads GOMP_SPINCOUNT when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 import torch
+
+if replaces_handler:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import fcntl
@@ -37,8 +63,9 @@ FORMAT_VERSION = 4  # of datasets, checkpoints and results; raised when they cha
 POSITIVE = 1e-9  # lower bound of settings that must be above 0
 RUN_RESULTS = ("eval.json", "results.json", "p.json", "p.npy")
 RUN_FILES = ("ckpt.pt", "log.jsonl", *RUN_RESULTS)
-# Settings that may change when a run is resumed.
+# Settings that may differ when a run is resumed.
 RESUMABLE_CHANGES = ("out_dir", "resume", "device", "gradient_checkpointing", "compile")
+# Old name -> new name, for the error message about an unknown setting.
 RENAMED_SETTINGS = {
     "unfrozen": "train_last_layers",
     "recompute": "gradient_checkpointing",
@@ -70,6 +97,9 @@ def run_script(config_class, main):
 
     Errors of the user and signals end the process with one line on standard error.
     """
+    for name in ("stdout", "stderr"):  # None if the shell has closed it (`>&-`)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -77,9 +107,13 @@ def run_script(config_class, main):
             signal.signal(number, raise_stopped)
     try:
         config = parse_settings(config_class, sys.argv[1:])
+        check_launcher()
         if is_main_process():
             print_settings(config)
         main(config)
+    except BrokenPipeError:  # whoever read the output has ended, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError, MemoryError) as error:
         exit_with(2, f"error: {error}")
     except RuntimeError as error:
@@ -100,6 +134,18 @@ def raise_stopped(number, frame):
 def exit_with(status, message):
     print(" ".join(message.split()), file=sys.stderr)
     sys.exit(status)
+
+
+def check_launcher():
+    """Raise a UserError if only a part of torchrun's variables is set."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    for name in ("RANK", "WORLD_SIZE"):
+        if missing and name in os.environ:
+            raise UserError(
+                f"{name} is set without {', '.join(missing)}. Start several processes "
+                f"with torchrun, or one after `unset {name}`"
+            )
 
 
 def is_main_process():
@@ -270,12 +316,17 @@ def write_json(path, value):
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
+def locate(path):
+    """A path for error messages, with the folder that a relative one starts from."""
+    return str(path) if Path(path).is_absolute() else f"{path} (in {Path.cwd()})"
+
+
 def load_json(path, made_by):
     """Read any JSON object. made_by: the command that makes the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. Make it with {made_by}") from None
+        raise UserError(f"{locate(path)} is missing. Make it with {made_by}") from None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -317,8 +368,7 @@ def file_sha256(path):
 def open_output(path, *inputs):
     """Open an output file that the user named.
 
-    A path that is one of the command's inputs is refused, and so is a file of a run or
-    dataset in an input folder.
+    Refuses to overwrite an input, or a file of a run or dataset in an input folder.
     """
     target = Path(path).resolve()
     for source in map(Path, filter(None, inputs)):
@@ -358,14 +408,16 @@ def lock(folder):
 def load_checkpoint(path, *kinds):
     """Read a checkpoint that Run.save wrote.
 
-    path: ckpt.pt or the folder that holds it
+    path: ckpt.pt or the folder that holds it. It is added to the checkpoint as "path"
     kinds: the kinds of model that are accepted ("generator", "reward model", "policy")
     """
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"
     if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}. Name the folder of a run")
+        raise UserError(
+            f"there is no checkpoint at {locate(path)}. Name the folder of a run"
+        )
     try:
         checkpoint = read_archive(path)
         kind, version = checkpoint.get("kind"), checkpoint.get("format")
@@ -378,15 +430,30 @@ def load_checkpoint(path, *kinds):
         )
     if kind not in kinds:
         raise UserError(f"{path} holds a {kind}, not a {' or '.join(kinds)}")
+    checkpoint["path"] = str(path)
     return checkpoint
 
 
+def find_near(checkpoint, path):
+    """A path in a checkpoint's settings, which is relative to where training ran.
+
+    Returns where it exists: in a folder that contains the checkpoint, or else here.
+    """
+    for folder in Path(checkpoint["path"]).absolute().parents:
+        if (folder / path).exists():
+            return folder / path
+    return Path(path)
+
+
 def read_archive(path):
-    """Load a file of torch.save. Executes nothing in it, and checks its CRCs."""
+    """Load a file of torch.save. Executes nothing in it, and checks its CRCs.
+
+    Tensors that are never used, such as the optimizer's, take no memory.
+    """
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise ValueError("wrong CRC")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def save_tensors(checkpoint, path):
@@ -403,13 +470,13 @@ def is_finished(checkpoint):
 class Run:
     """The checkpoint and the log of one training run: OUT_DIR/ckpt.pt and log.jsonl.
 
-    A new run logs to log.jsonl.new and changes nothing else until its first checkpoint.
-    Then a finished run that is in the folder is copied to OUT_DIR/previous, and its
-    files are replaced. So a finished run survives starts that fail, and a kill at any
-    moment leaves it complete in one of the two places.
+    Until its first checkpoint, a new run writes only log.jsonl.new. At that checkpoint,
+    an older finished run in the folder is copied to OUT_DIR/previous and then removed.
+    So the older run is complete in OUT_DIR or in OUT_DIR/previous, whenever the new one
+    fails or is killed.
 
     inputs: fingerprints of what the run depends on (data, p, regularizer.py). A run is
-    only resumed with the same inputs and settings.
+    only resumed with the same inputs and settings, except for RESUMABLE_CHANGES.
     """
 
     def __init__(self, kind, config, inputs, writes=True):
@@ -501,8 +568,9 @@ class Run:
                 if source.exists():
                     write_atomically(copy, partial(shutil.copyfile, source))
             print(f"the finished run in {self.folder} is kept in {copy.parent}")
+        # The checkpoint first. Without it, the next start leaves previous/ alone.
+        checkpoint_path.unlink(missing_ok=True)
         for name in RUN_RESULTS:
             (self.folder / name).unlink(missing_ok=True)
-        checkpoint_path.unlink(missing_ok=True)
         os.replace(self.log_path, self.folder / "log.jsonl")
         self.log_path, self.is_new = self.folder / "log.jsonl", False

@@ -26,6 +26,7 @@ from common import (
     check_finite,
     check_range,
     file_sha256,
+    find_near,
     lock,
     run_script,
     sha256_of,
@@ -298,7 +299,7 @@ def main(config):
         config.checkpoint, config.device
     )
     settings, inputs = checkpoint["settings"], checkpoint["inputs"]
-    folder, expected_p = settings["generator"], inputs["p"]
+    folder, expected_p = find_near(checkpoint, settings["generator"]), inputs["p"]
     if config.generator:
         folder, expected_p = config.generator, ""
     reference, its_tokenizer = load_generator(folder, config.device, expected_p)
@@ -311,7 +312,7 @@ def main(config):
     for name, scorer in scorers.items():
         if scorer.config.block_size < reference.config.block_size:
             raise UserError(f"the {name}'s context is shorter than the generator's")
-    dataset = open_dataset(settings["dataset"], inputs["data"])
+    dataset = open_dataset(settings["dataset"], checkpoint)
     if config.pairs_split:
         check_choice("pairs_split", config.pairs_split, dataset.split_names)
     with lock(config.out_dir):

@@ -368,8 +368,8 @@ def main(config):
 
         results = evaluate_steps(model, tokenizer, config)
     else:
-        settings, data = checkpoint["settings"], checkpoint["inputs"]["data"]
-        dataset = open_dataset(settings["dataset"], data)
+        settings = checkpoint["settings"]
+        dataset = open_dataset(settings["dataset"], checkpoint)
         results = evaluate_run(model, dataset, settings)
     save_results(config, results)
 

@@ -17,7 +17,7 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, UserError, check_range, open_output, run_script
+from common import ROOT, UserError, check_range, find_near, open_output, run_script
 import numpy as np
 
 from bon import (
@@ -214,8 +214,7 @@ def halving_figure(rewards, gold_scores, exact):
 def open_model(path, device):
     """RewardModel, its checkpoint, and its Dataset."""
     model, _, checkpoint = load_reward_model(path, device)
-    settings, data = checkpoint["settings"], checkpoint["inputs"]["data"]
-    dataset = open_dataset(settings["dataset"], data)
+    dataset = open_dataset(checkpoint["settings"]["dataset"], checkpoint)
     if dataset.kind == "labels":
         raise UserError("a report needs pairs. This dataset has labelled responses")
     return model, checkpoint, dataset
@@ -299,8 +298,9 @@ def table(lines):
 def write_page(config):
     model, checkpoint, dataset = open_model(config.checkpoint, config.device)
     settings, split = checkpoint["settings"], dataset.split("val")
-    generator, _ = load_generator(settings["generator"], config.device)
-    metadata = read_p_metadata(settings["generator"], checkpoint["inputs"]["p"])
+    generator_folder = find_near(checkpoint, settings["generator"])
+    generator, _ = load_generator(generator_folder, config.device)
+    metadata = read_p_metadata(generator_folder, checkpoint["inputs"]["p"])
     results = evaluate_run(model, dataset, settings)["splits"]
     examples = list(split)
     rewards = score(model, examples)
@@ -348,7 +348,7 @@ def write_page(config):
         right="".join(map(pair_figure, right)) or "<p>There are none.</p>",
         wrong="".join(map(pair_figure, wrong)) or "<p>There are none.</p>",
     )
-    inputs = config.checkpoint, settings["generator"], dataset.folder
+    inputs = config.checkpoint, generator_folder, dataset.folder
     with open_output(path, *inputs) as file:
         file.write(page)
     print(f"wrote {path}: {len(right)} right and {len(wrong)} wrong pairs")

@@ -19,6 +19,7 @@ import numpy as np
 from common import (
     UserError,
     file_sha256,
+    find_near,
     lock,
     read_json,
     sha256_of,
@@ -156,16 +157,18 @@ class Dataset:
         return self.arrays[file]
 
 
-def open_dataset(name, expected_fingerprint=None):
-    """Open data/NAME. expected_fingerprint: that of the data a model was trained on."""
+def open_dataset(name, checkpoint=None):
+    """Open data/NAME. checkpoint: of a reward model that was trained on it, if any."""
     command = f"python data/prepare.py --name={name} --input=FILE"
     if name.startswith("toy"):
         command = f"python data/toy.py --name={name}"
     folder = dataset_folder(name)
+    if checkpoint:
+        folder = find_near(checkpoint, folder)
     dataset = Dataset(folder, read_json(folder / "dataset.json", command))
-    if expected_fingerprint not in (None, dataset.fingerprint):
+    if checkpoint and checkpoint["inputs"]["data"] != dataset.fingerprint:
         raise UserError(
-            f"data/{name} was prepared again after the model was trained. Train again"
+            f"{folder} was prepared again after the model was trained. Train again"
         )
     return dataset
 

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import UserError, load_checkpoint, load_json, run_script, write_atomically
+from common import (
+    UserError,
+    find_near,
+    load_checkpoint,
+    load_json,
+    run_script,
+    write_atomically,
+)
 import numpy as np
 
 from data.tokenizer import from_dict
@@ -90,8 +97,9 @@ def choose_padding(tokenizer):
 def export(checkpoint, folder):
     """Write a reward model's checkpoint to a folder in Hugging Face's layout."""
     settings = checkpoint["settings"]
-    generator = load_checkpoint(settings["generator"], "generator", "policy")
-    read_p_metadata(settings["generator"], checkpoint["inputs"]["p"])
+    generator_folder = find_near(checkpoint, settings["generator"])
+    generator = load_checkpoint(generator_folder, "generator", "policy")
+    read_p_metadata(generator_folder, checkpoint["inputs"]["p"])  # raises if it changed
     name = generator["settings"].get("init_from")
     if not name:
         raise UserError(

@@ -285,7 +285,7 @@ def test_runs_are_compared_with_the_first(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--compare=out/nowhere,out/run", "eval.json is missing"),
+        ("--compare=out/nowhere,out/run", "eval.json .* is missing"),
         ("--compare=,", "name the runs to compare"),
         ("--checkpoint=out/nowhere", "there is no checkpoint"),
         ("--json=x", "name a reward model"),

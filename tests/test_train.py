@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(inside, step):
         ({"device": "meta"}, "Choose one of: auto, cpu"),
         ({"device": "cuda:99"}, "cannot be used"),
         ({"train_last_layers": 9}, "--train_last_layers=9, but the model has 1"),
-        ({"dataset": "toys"}, "data/toys/dataset.json is missing"),
+        ({"dataset": "toys"}, "data/toys/dataset.json .* is missing"),
         ({"dataset": "labelled"}, "other data than data/labelled"),
         ({"dataset": "labelled", "p_source": "exact"}, "needs a toy dataset"),
     ],
