@@ -256,24 +256,37 @@ def interval_by_prompt(values, prompts, rng):
 def best_of_n_curve(rewards, gold_scores, prompts):
     """Best-of-n for n = 1, 2, 4, ..., as rows of a table.
 
+    All rows use the same sets of candidates: those that are large enough for the
+    largest n. That is the largest power of two for which at least half of the sets are.
+
     rewards, gold_scores: one list per set of candidates. prompts: the sets' prompts
     random, oracle: a random candidate, and the best of n by gold score
     kl_at_most: upper bound of the KL divergence from the generator, log n - (n - 1) / n
     """
     rows, rng, n = [], np.random.default_rng(0), 1
-    most_candidates = max(len(set_rewards) for set_rewards in rewards)
-    while n <= most_candidates:
-        selected, random, oracle, owners = [], [], [], []
-        for r, gold, prompt in zip(rewards, gold_scores, prompts):
-            if len(r) >= n:
-                selected.append(best_of_n(r, gold, n))
-                random.append(np.mean(gold))
-                oracle.append(best_of_n(gold, gold, n))
-                owners.append(prompt)
-        low, high = interval_by_prompt(selected, owners, rng)
+    median_size = sorted(map(len, rewards))[len(rewards) // 2]
+    largest_n = 2 ** int(math.log2(median_size))
+    sets = []
+    for candidates in zip(rewards, gold_scores, prompts):
+        if len(candidates[0]) >= largest_n:
+            sets.append(candidates)
+    n_small = len(rewards) - len(sets)
+    if n_small > 0:
+        print(
+            f"{n_small} of {len(rewards)} prompts are left out of the curve. They have "
+            f"fewer than {largest_n} candidates"
+        )
+    used_prompts = [prompt for _, _, prompt in sets]
+    while n <= largest_n:
+        selected, random, oracle = [], [], []
+        for r, gold, _ in sets:
+            selected.append(best_of_n(r, gold, n))
+            random.append(np.mean(gold))
+            oracle.append(best_of_n(gold, gold, n))
+        low, high = interval_by_prompt(selected, used_prompts, rng)
         row = {
             "n": n,
-            "prompts": len(set(owners)),
+            "prompts": len(set(used_prompts)),
             "kl_at_most": math.log(n) - (n - 1) / n,
             "reward_model": float(np.mean(selected)),
             "low": low,
@@ -502,7 +515,7 @@ def main(config):
     model, tokenizer, checkpoint = load_reward_model(config.checkpoint, config.device)
     exact = None
     if config.candidates:
-        from data.formats import read_candidates
+        from data.formats import print_prompt_hint, read_candidates
 
         items, examples, _ = read_candidates(
             config.candidates,
@@ -511,6 +524,7 @@ def main(config):
             config.wrap_as_chat,
             config.max_bad_fraction,
         )
+        print_prompt_hint(config.candidates, items, tokenizer, checkpoint["is_chat"])
         gold_scores = [item.correct for item in items]
         prompts = [item.prompt for item in items]
     else:

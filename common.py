@@ -59,7 +59,7 @@ except ImportError:  # Windows has no file locks of this kind
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent
-FORMAT_VERSION = 4  # of datasets, checkpoints and results; raised when they change
+FORMAT_VERSION = 5  # of datasets, checkpoints and results; raised when they change
 POSITIVE = 1e-9  # lower bound of settings that must be above 0
 RUN_RESULTS = ("eval.json", "results.json", "p.json", "p.npy")
 RUN_FILES = ("ckpt.pt", "log.jsonl", *RUN_RESULTS)

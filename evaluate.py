@@ -362,11 +362,11 @@ def main(config):
     if config.data:
         from benchmarks.evaluate_file import evaluate_file
 
-        results = evaluate_file(model, tokenizer, config)
+        results = evaluate_file(model, tokenizer, config, checkpoint["is_chat"])
     elif config.steps:
         from benchmarks.first_error import evaluate_steps
 
-        results = evaluate_steps(model, tokenizer, config)
+        results = evaluate_steps(model, tokenizer, config, checkpoint["is_chat"])
     else:
         settings = checkpoint["settings"]
         dataset = open_dataset(settings["dataset"], checkpoint)

@@ -205,7 +205,8 @@ def train(config, dataset, probs, device):
                 val_metrics = evaluate_split(model, dataset, "val")
             log(run, done, rate, metrics, val_metrics if evaluates else {})
         if evaluates:
-            run.save(done, model, optimizer, dataset.tokenizer, S=S.item())
+            extras = {"S": S.item(), "is_chat": dataset.is_chat()}
+            run.save(done, model, optimizer, dataset.tokenizer, **extras)
     return model, val_metrics
 
 

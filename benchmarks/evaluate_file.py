@@ -7,11 +7,11 @@ import numpy as np
 
 from benchmarks.rewardbench import rewardbench_sections
 from benchmarks.rm_bench import rm_bench
-from data.formats import read_pairs
+from data.formats import print_prompt_hint, read_pairs
 from evaluate import evaluate_pairs, print_table, score
 
 
-def evaluate_file(model, tokenizer, config):
+def evaluate_file(model, tokenizer, config, trained_on_chat):
     """Evaluate and print. Returns the metrics and every pair's rewards."""
     items, examples, n_skipped = read_pairs(
         config.data,
@@ -20,6 +20,7 @@ def evaluate_file(model, tokenizer, config):
         config.wrap_as_chat,
         config.max_bad_fraction,
     )
+    print_prompt_hint(config.data, items, tokenizer, trained_on_chat)
     rewards = score(model, examples, lambda i: f"pair {items[i - 1].id or i}")
     prompts = [item.prompt for item in items]
     results = evaluate_pairs(examples, rewards, prompts)

@@ -10,7 +10,7 @@ from statistics import harmonic_mean
 import numpy as np
 
 from common import UserError
-from data.formats import read_steps
+from data.formats import print_prompt_hint, read_steps
 from evaluate import format_cell, print_lines, score
 
 MAX_THRESHOLDS = 200  # that are tried
@@ -85,7 +85,7 @@ def score_steps(model, tokenizer, config, path):
     return items, step_rewards
 
 
-def evaluate_steps(model, tokenizer, config):
+def evaluate_steps(model, tokenizer, config, trained_on_chat):
     """Scores on the file --steps, with the threshold chosen on --threshold_from."""
     threshold_file = Path(config.threshold_from or config.steps)
     if threshold_file.resolve() == Path(config.steps).resolve():
@@ -99,6 +99,7 @@ def evaluate_steps(model, tokenizer, config):
     threshold = best_threshold(rewards, errors)
 
     items, rewards = score_steps(model, tokenizer, config, config.steps)
+    print_prompt_hint(config.steps, items, tokenizer, trained_on_chat)
     subsets = sorted({item.subset for item in items if item.subset})
     results = {}
     for name in ("(all)", *subsets):

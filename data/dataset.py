@@ -28,13 +28,18 @@ from common import (
 from data.batch import Example
 from data.tokenizer import from_dict
 
+TURN = "\n\nAssistant:"  # how the prompt of a conversation ends
 ROWS_AT_ONCE = 4096  # rows that are tokenized and written together
 TRUNCATED = "prompts truncated on the left"
 REPEATED_PROMPT = "responses that repeated their prompt"
 LONG_CANDIDATE = "candidates longer than the context"
 PARTIAL_ANSWERS = "candidate sets in which some final answers are missing"
+SAME_TOKENS = "chosen and rejected have the same tokens"
+TIED = "neither response is preferred"
 # Reasons that are counted although the row is kept.
 KEPT_ROW_NOTES = (TRUNCATED, REPEATED_PROMPT, LONG_CANDIDATE, PARTIAL_ANSWERS)
+# Reasons that never refuse a file. A tie is nothing wrong.
+NOT_BAD = (TRUNCATED, REPEATED_PROMPT, PARTIAL_ANSWERS, TIED)
 
 
 def dataset_folder(name):
@@ -146,6 +151,15 @@ class Dataset:
     def split(self, name):
         return Split(self.array(name, "tokens"), self.array(name, "lengths"))
 
+    def is_chat(self):
+        """Whether the training prompts end with "Assistant:", as in a conversation."""
+        split = self.split("train")
+        n_prompts, n_chat = min(100, len(split)), 0
+        for i in range(n_prompts):
+            if self.tokenizer.decode(split[i].prompt).endswith(TURN):
+                n_chat += 1
+        return n_chat > n_prompts / 2
+
     def array(self, split, name):
         """An array of a split, such as `tokens`, or `exact-p` on the toy world."""
         file = f"{split}-{name}.npy"
@@ -185,6 +199,7 @@ def write_dataset(
     kind="pairs",
     skipped=None,
     token_arrays=({}, None),
+    check=lambda: None,
     **metadata,
 ):
     """Tokenize rows and write them as a dataset.
@@ -196,6 +211,8 @@ def write_dataset(
     token_arrays: ({name: dtype}, function) for arrays beside the tokens. The function
         gets a split's name, the prompt's tokens and a list of both responses' tokens.
         It returns {name: one value for each of these tokens}
+    check: called when all rows are tokenized, before the dataset is replaced. It may
+        raise an error too
     metadata: further entries of dataset.json
     """
     skipped = Counter() if skipped is None else skipped
@@ -223,11 +240,13 @@ def write_dataset(
                         writers[f"{split}-{name}.npy"].append(values)
                 counts[split]["examples"] += 1
                 counts[split]["tokens"] += len(tokens)
+        check()
         for split, count in counts.items():
             if not count["examples"]:
                 raise UserError(
                     f"no row is left for split {split}. Skipped: "
-                    f"{format_counts(skipped)}. More rows may help"
+                    f"{format_counts(skipped)}. Rows are split by their prompt, so "
+                    "more different prompts may help"
                 )
         digests = {}
         for file, writer in writers.items():
@@ -250,15 +269,17 @@ def write_dataset(
     print(f"wrote {folder}: {sizes} examples. Skipped or changed: {notes}")
 
 
-def tokenize_rows(rows, tokenizer, block_size, skipped):
-    """[(split, prompt, responses...), ...] -> the same with lists of token ids.
+def tokenize_rows(rows, tokenizer, block_size, skipped, are_pairs=True):
+    """[(key, prompt, response, ...), ...] -> [(key, [prompt, response, ...]), ...]
 
+    The texts become lists of token ids. key: anything, such as the row's split
     A long prompt loses its oldest tokens. A response is never cut: a row with a
-    response that leaves no room for a prompt is skipped.
+    response that leaves no room for a prompt is skipped. So is a pair of two responses
+    with the same tokens.
     """
     tokenized = []
     token_rows = tokenizer.encode_rows([texts for _, *texts in rows])
-    for (split, *_), (prompt, *responses) in zip(rows, token_rows):
+    for (key, *_), (prompt, *responses) in zip(rows, token_rows):
         room = block_size - max(len(response) for response in responses)
         if room < 1:
             skipped[f"a response longer than {block_size - 1} tokens"] += 1
@@ -266,7 +287,10 @@ def tokenize_rows(rows, tokenizer, block_size, skipped):
         if len(prompt) > room:
             skipped[TRUNCATED] += 1
             prompt = tokenizer.truncate_prompt(prompt, room)
-        tokenized.append((split, [prompt, *responses]))
+        if are_pairs and responses[0] == responses[1]:
+            skipped[SAME_TOKENS] += 1
+            continue
+        tokenized.append((key, [prompt, *responses]))
     return tokenized
 
 

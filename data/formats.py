@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +26,12 @@ from common import UserError
 from data.batch import Example
 from data.dataset import (
     KEPT_ROW_NOTES,
+    NOT_BAD,
     LONG_CANDIDATE,
     PARTIAL_ANSWERS,
     REPEATED_PROMPT,
+    TIED,
+    TURN,
     format_counts,
     tokenize_rows,
 )
@@ -40,11 +43,19 @@ PREFIXES = {  # of a turn, by role
     "user": "\n\nHuman: ",
     "assistant": "\n\nAssistant: ",
 }
-TURN = "\n\nAssistant:"  # how the prompt of a conversation ends
 PROMPT_KEYS = ("prompt", "instruction", "question", "messages")
 PAIR_KEYS = {"chosen", "rejected", "input", "system", "history", "id", "subset"}
 PAIR_KEYS |= {"domain", "meta", *PROMPT_KEYS}
 LABEL_KEYS = {"responses", "completion", "label", "steps", "first_error"}
+RESPONSE_KEYS = {"text", "correct", "answer"}  # of an entry of 'responses'
+# Scores of both responses, and strengths of the preference. A tie is no preference.
+SCORE_KEYS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+)
+STRENGTH_KEYS = ("preference_strength", "strength", "margin")
+PAIR_KEYS |= {*STRENGTH_KEYS, *chain(*SCORE_KEYS)}
 # Keys that usually hold a part of the conversation, and are not read.
 CONVERSATION_KEYS = (
     "context",
@@ -64,6 +75,17 @@ MARKERS = (
     "[/INST]",
     "### Response:\n",
 )
+# Chat templates: how a turn begins, with its role in group 1, and how it ends.
+TEMPLATES = {
+    "ChatML": (re.compile(r"<\|im_start\|>(\w+)\n"), "<|im_end|>"),
+    "Llama 3": (
+        re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n"),
+        "<|eot_id|>",
+    ),
+    "Zephyr": (re.compile(r"<\|(system|user|assistant)\|>\n"), "</s>"),
+}
+PRINTED_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+DIFFERENT_TURNS = "two conversations that differ before the last response"
 MAX_PRINTED = 5  # skipped rows that are printed
 MIN_REPEATED = 20  # characters. A longer prompt is not repeated by chance
 MAX_SPACES = 100_000  # in a row. tiktoken crashes on more
@@ -73,7 +95,8 @@ REMEDIES = {  # what to do with files that are not JSON lines
     ".zip": "Unpack it",
     ".xz": "Unpack it",
     ".parquet": CONVERT.format("read_parquet"),
-    ".csv": CONVERT.format("read_csv"),
+    ".csv": "Convert it with pandas.read_csv(A, dtype=str, keep_default_na=False)"
+    ".to_json(B, orient='records', lines=True)",
 }
 
 
@@ -101,6 +124,7 @@ class Item(NamedTuple):
 
 def parse_pairs(row, wrap_as_chat=False):
     """A row -> a list of one pair, or of nine pairs for RM-Bench's lists of three."""
+    check_not_tied(row)
     prompt, chosen, rejected = read_prompt(row), row.get("chosen"), row.get("rejected")
     subset, note = read_name(row, "subset"), ""
     if is_list_of(str, chosen) and is_list_of(str, rejected):
@@ -119,8 +143,9 @@ def parse_pairs(row, wrap_as_chat=False):
     for i, first in enumerate(chosen):
         for j, second in enumerate(rejected):
             texts = format_chat(wrap_as_chat, prompt, first, second)
-            for name, text in zip(("prompt", "chosen", "rejected"), texts):
-                check_text(name, text)
+            check_text("prompt", texts[0])
+            check_response("chosen", texts[1])
+            check_response("rejected", texts[2])
             if texts[1] == texts[2]:
                 raise BadRow("chosen and rejected are the same")
             item = Item(texts[0], texts[1:], id=read_name(row, "id"), subset=subset)
@@ -129,22 +154,31 @@ def parse_pairs(row, wrap_as_chat=False):
     return pairs
 
 
+def check_not_tied(row):
+    """Raise BadRow if the row says that neither response is preferred."""
+    for chosen_key, rejected_key in SCORE_KEYS:
+        scores = read_number(row.get(chosen_key)), read_number(row.get(rejected_key))
+        if None not in scores and scores[0] == scores[1]:
+            raise BadRow(TIED)
+    for key in STRENGTH_KEYS:
+        if read_number(row.get(key)) == 0:
+            raise BadRow(TIED)
+
+
 def parse_candidates(row, wrap_as_chat=False):
-    """A row -> a list of one item with labelled responses. They may be empty texts."""
+    """A row -> a list of one item with labelled responses."""
     responses = row.get("responses")
     if "completion" in row:
         responses = [{"text": row["completion"], "correct": row.get("label")}]
     if not is_list_of(dict, responses):
         raise BadRow("no 'responses', or not a list of objects")
     texts = [response.get("text") for response in responses]
-    labels = [response.get("correct") for response in responses]
+    labels = [read_number(response.get("correct")) for response in responses]
     prompt, *texts = format_chat(wrap_as_chat, read_prompt(row), *texts)
     check_text("prompt", prompt)
-    if not is_list_of(str, texts):
-        raise BadRow("a response without text")
     for text in texts:
-        check_spaces("a response", text)
-    if not all(is_number(label) for label in labels):
+        check_response("a response", text)
+    if None in labels:
         raise BadRow(
             "a response without 'correct' or 'label' (true, false or a finite number)"
         )
@@ -155,19 +189,19 @@ def parse_candidates(row, wrap_as_chat=False):
     if not all(answers):
         note = PARTIAL_ANSWERS if any(answers) else ""
         answers = []
-    labels = tuple(float(label) for label in labels)
-    return [Item(prompt, tuple(texts), labels, tuple(answers), note=note)]
+    return [Item(prompt, tuple(texts), tuple(labels), tuple(answers), note=note)]
 
 
 def parse_steps(row, wrap_as_chat=False):
     """A row -> a list of one item. Its response is the steps, joined by newlines."""
     steps, first_error = row.get("steps"), row.get("first_error")
-    if not is_list_of(str, steps) or not all(step.strip() for step in steps):
+    if not is_list_of(str, steps):
         raise BadRow("no 'steps', or not a list of texts")
     if type(first_error) is not int or first_error not in range(-1, len(steps)):
         raise BadRow(
             f"'first_error' is not a whole number (from -1 to {len(steps) - 1})"
         )
+    steps, first_error = merge_blank_steps(steps, first_error)
     solution = "\n".join(steps)
     check_spaces("a solution", solution)
     prompt, response = format_chat(wrap_as_chat, read_prompt(row), solution)
@@ -179,6 +213,24 @@ def parse_steps(row, wrap_as_chat=False):
     subset = read_name(row, "subset")
     item = Item(prompt, (response,), ends=tuple(ends), first_error=first_error)
     return [item._replace(subset=subset)]
+
+
+def merge_blank_steps(steps, first_error):
+    """Append blank steps to the step before, or to the step after at the start.
+
+    Returns the steps, and first_error as an index of these.
+    """
+    if not "".join(steps).strip():
+        raise BadRow("all 'steps' are blank")
+    merged, new_first_error = [], -1
+    for i, step in enumerate(steps):
+        if merged and (not step.strip() or not merged[-1].strip()):
+            merged[-1] += "\n" + step
+        else:
+            merged.append(step)
+        if i == first_error:
+            new_first_error = len(merged) - 1
+    return merged, new_first_error
 
 
 # Prompts ------------------------------------------------------------------------------
@@ -193,7 +245,7 @@ def read_prompt(row):
         is_messages = is_list_of(dict, value) and any(
             "role" in message or "from" in message for message in value
         )
-        is_named = key in CONVERSATION_KEYS and value and not is_number(value)
+        is_named = key in CONVERSATION_KEYS and value and read_number(value) is None
         if key not in PAIR_KEYS | LABEL_KEYS and (is_messages or is_named):
             raise BadRow(
                 f"{key!r} looks like part of the conversation, and is not supported"
@@ -247,6 +299,8 @@ def split_shared_prompt(prompt, chosen, rejected):
         return prompt, chosen, rejected, ""
     if prompt is None:
         cut = find_cut(chosen, rejected)
+        if any(mark in text[cut:] for mark in MARKERS for text in (chosen, rejected)):
+            raise BadRow(DIFFERENT_TURNS)
         return chosen[:cut], chosen[cut:], rejected[cut:], ""
     if isinstance(prompt, str) and len(prompt) > MIN_REPEATED:
         texts = chosen, rejected
@@ -280,6 +334,8 @@ def find_cut(chosen, rejected):
     """
     shared = os.path.commonprefix([chosen, rejected])
     cuts = [shared.rfind(mark) + len(mark) for mark in MARKERS if mark in shared]
+    if not cuts and (SPEAKER.search(chosen) or SPEAKER.search(rejected)):
+        raise BadRow(DIFFERENT_TURNS)
     cut = max(cuts) if cuts else shared.rfind("\n") + 1
     if not shared[:cut].strip():
         raise BadRow("no prompt, and the texts share no turn or line to cut at")
@@ -306,8 +362,10 @@ def split_turns(text):
 def format_chat(wrap_as_chat, prompt, *responses):
     """Messages -> text in the format of HH-RLHF. Returns (prompt, *responses).
 
+    A prompt that a chat template has formatted is turned into messages first.
     wrap_as_chat: turn a plain prompt into one Human turn
     """
+    prompt, *responses = parse_template(prompt, *responses)
     is_plain = isinstance(prompt, str) and prompt.strip() and TURN not in prompt
     if wrap_as_chat and is_plain:
         prompt = [{"role": "user", "content": prompt}]
@@ -324,10 +382,57 @@ def format_chat(wrap_as_chat, prompt, *responses):
         if role == "system" and not content:
             continue
         check_text("a message's content", content)
-        if SPEAKER.search(content):
+        if SPEAKER.search(content) or find_template(content):
             raise BadRow("a message that contains another turn of a conversation")
         text += PREFIXES[role] + content
     return text + TURN, *map(read_response, responses)
+
+
+def find_template(text):
+    """The name of the chat template that has formatted a text, or ''."""
+    for name, (turn_start, _) in TEMPLATES.items():
+        if turn_start.match(text):
+            return name
+    return ""
+
+
+def parse_template(prompt, *responses):
+    """A prompt that a chat template has formatted, and its responses.
+
+    Returns the prompt's messages and the responses without the template's markup.
+    Anything else is returned as it is.
+    """
+    if not isinstance(prompt, str):
+        return prompt, *responses
+    text = prompt.lstrip().removeprefix("<|begin_of_text|>")
+    name = find_template(text)
+    if not name:
+        return prompt, *responses
+    turn_start, turn_end = TEMPLATES[name]
+    _, *parts = turn_start.split(text)  # role, content, role, content, ...
+    roles, contents = parts[0::2], parts[1::2]
+    if roles[-1] == "assistant" and not contents[-1].strip():
+        roles.pop()  # where the response begins
+        contents.pop()
+    messages = []
+    for role, content in zip(roles, contents):
+        content, end, rest = content.partition(turn_end)
+        if not end or rest.strip():
+            raise BadRow(f"a prompt in {name}'s template with a turn that has no end")
+        messages.append({"role": role, "content": content})
+    if not messages:
+        raise BadRow(f"a prompt in {name}'s template without a turn of the user")
+    texts = []
+    for response in responses:
+        if isinstance(response, str):
+            start = turn_start.match(response)
+            if start and start[1] == "assistant":
+                response = response[start.end() :]
+            response, _, rest = response.partition(turn_end)
+            if rest.strip() or turn_start.search(response):
+                raise BadRow("a response that contains another turn of a conversation")
+        texts.append(response)
+    return messages, *texts
 
 
 def read_content(message):
@@ -366,12 +471,19 @@ def read_name(row, key):
 
 
 def check_text(name, text):
+    check_response(name, text)
+    if not text.strip():
+        raise BadRow(f"{name} is empty")
+
+
+def check_response(name, text):
+    """Raise BadRow unless this is a usable text. It may be empty."""
     if text is None:
         raise BadRow(f"{name} is missing")
     if not isinstance(text, str):
         raise BadRow(f"{name} is not text but {type(text).__name__}")
-    if not text.strip():
-        raise BadRow(f"{name} is empty")
+    if PRINTED_MESSAGES.match(text):
+        raise BadRow(f"{name} is a list of messages that was printed as text")
     check_spaces(name, text)
 
 
@@ -383,9 +495,15 @@ def check_spaces(name, text):
         raise BadRow(f"{name} has {MAX_SPACES} white spaces in a row")
 
 
-def is_number(value):
-    """Whether value is True, False or a number that fits float32."""
-    return isinstance(value, (int, float)) and abs(value) < 1e30
+def read_number(value):
+    """True, False, a number or its text as a float. None if it is anything else."""
+    if isinstance(value, str):
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return number if abs(number) < 1e30 else None  # fits float32, and is not NaN
 
 
 def is_list_of(kind, value):
@@ -411,7 +529,7 @@ def read_items(
     parse: parse_pairs, parse_candidates or parse_steps
     skipped: a Counter of skipped rows by reason, and of changes to kept rows. None:
         rows are skipped silently, when a file is read a second time
-    convert: applied to every row first. It may return None: the row is not wanted
+    convert: applied to every row first
     subsample: keep every N-th row
     """
     n_items = n_rows = 0
@@ -419,11 +537,9 @@ def read_items(
     for number, line in islice(numbered_lines(path), 0, None, subsample):
         try:
             row = convert(decode_row(line))
-            if row is None:
-                continue
             items = parse(row, wrap_as_chat)
             n_rows += 1
-            keys.update(list(row))
+            keys.update(row_keys(row))
         except BadRow as error:
             bad[str(error).partition(" (")[0]] += 1
             if skipped is not None and bad.total() <= MAX_PRINTED:
@@ -443,6 +559,17 @@ def read_items(
         skipped.update(bad)
         check_skipped(path, bad, n_rows + bad.total(), max_bad_fraction)
         print_keys(path, keys)
+
+
+def row_keys(row):
+    """The keys of a row, and those inside `responses` that are not read."""
+    keys = list(row)
+    responses = row.get("responses")
+    if is_list_of(dict, responses):
+        for key in {key for response in responses for key in response}:
+            if key not in RESPONSE_KEYS:
+                keys.append(f"responses.{key}")
+    return keys
 
 
 def print_keys(path, keys):
@@ -488,17 +615,17 @@ def decode_row(line):
     return row
 
 
-def check_skipped(path, skipped, count, max_bad_fraction):
+def check_skipped(path, skipped, count, max_bad_fraction, unit="rows"):
     """Raise a UserError if too many of `count` rows were skipped for one reason."""
     for reason, n_bad in skipped.items():
-        if n_bad > max_bad_fraction * count and reason not in KEPT_ROW_NOTES:
+        if n_bad > max_bad_fraction * count and reason not in NOT_BAD:
             raise UserError(
-                f"{path}: {n_bad} of {count} rows are skipped ({reason}). Correct "
+                f"{path}: {n_bad} of {count} {unit} are skipped ({reason}). Correct "
                 "them, or allow it with --max_bad_fraction=1"
             )
 
 
-# Files for a model that exists already ------------------------------------------------
+# Reading a file for a trained model ---------------------------------------------------
 
 
 def read_examples(
@@ -508,17 +635,21 @@ def read_examples(
 
     Returns the items, an Example for each, and the number of skipped rows.
     """
-    skipped, too_long = Counter(), Counter()
+    skipped, unusable = Counter(), Counter()
     items = list(read_items(path, parse, wrap_as_chat, skipped, max_bad_fraction))
     if parse is parse_candidates:
+        n_candidates, dropped = sum(len(item.responses) for item in items), Counter()
         for i, item in enumerate(items):
-            items[i] = drop_long_candidates(item, tokenizer, block_size, too_long)
+            items[i] = drop_long_candidates(item, tokenizer, block_size, dropped)
+        check_skipped(path, dropped, n_candidates, max_bad_fraction, "candidates")
+        skipped.update(dropped)
     rows = [(item, item.prompt, *item.responses) for item in items]
-    tokenized = tokenize_rows(rows, tokenizer, block_size, too_long)
-    skipped.update(too_long)
+    are_pairs = parse is parse_pairs
+    tokenized = tokenize_rows(rows, tokenizer, block_size, unusable, are_pairs)
+    skipped.update(unusable)
     if not tokenized:
         raise UserError(f"no row of {path} is left. Skipped: {format_counts(skipped)}")
-    check_skipped(path, too_long, len(items), max_bad_fraction)
+    check_skipped(path, unusable, len(items), max_bad_fraction)
     print(
         f"{path}: {len(tokenized)} rows. Skipped or changed: {format_counts(skipped)}"
     )
@@ -548,6 +679,29 @@ def drop_long_candidates(item, tokenizer, block_size, skipped):
         correct=tuple(item.correct[i] for i in kept),
         answers=tuple(item.answers[i] for i in kept if item.answers),
     )
+
+
+def print_prompt_hint(path, items, tokenizer, trained_on_chat):
+    """Print a hint if a file's prompts are of another kind than the training prompts.
+
+    trained_on_chat: whether those end with "Assistant:"
+    """
+    if getattr(tokenizer, "chat_format", None):
+        return  # it writes all prompts in the model's chat format
+    n_chat = 0
+    for item in items:
+        if item.prompt.endswith(TURN):
+            n_chat += 1
+    if trained_on_chat and n_chat < len(items) / 2:
+        print(
+            f"hint: the training prompts end with 'Assistant:', those of {path} do "
+            "not. --wrap_as_chat=True adds it"
+        )
+    if not trained_on_chat and n_chat > len(items) / 2:
+        print(
+            f"hint: the prompts of {path} end with 'Assistant:', the training prompts "
+            "do not"
+        )
 
 
 read_pairs = partial(read_examples, parse_pairs)

@@ -32,21 +32,20 @@ from common import (
     run_script,
     write_atomically,
 )
-from data.dataset import dataset_folder, format_counts, write_dataset
+from data.dataset import TIED, dataset_folder, format_counts, write_dataset
 from data.formats import (
-    TURN,
     BadRow,
     check_skipped,
     is_list_of,
-    is_number,
     parse_candidates,
     parse_pairs,
     read_items,
     read_lines,
+    read_number,
 )
 from data.tokenizer import make_tokenizer
 
-EMPTY = "a response that is empty, or neither correct nor incorrect"
+NO_LABEL = "a response whose label means neither correct nor incorrect"
 BYTES_IN_MEMORY = 10**8  # of text that a tokenizer is trained on
 
 
@@ -67,21 +66,14 @@ class PrepareConfig:
 # Published collections: a raw row -> a row that data/formats.py reads, or None --------
 
 
-def convert_hh(row):
-    """Two complete conversations. They must not differ before the last response."""
-    prompts = {str(row.get(key)).rpartition(TURN)[0] for key in ("chosen", "rejected")}
-    if len(prompts) > 1 or "" in prompts:
-        raise BadRow("not two conversations that differ in the last response only")
-    return row
-
-
 def convert_unified(row):
-    """Two conversations with ratings. Ties are dropped."""
+    """Two conversations with ratings."""
     ratings = row.get("conv_A_rating"), row.get("conv_B_rating")
-    if not all(is_number(rating) for rating in ratings):
+    ratings = [read_number(rating) for rating in ratings]
+    if None in ratings:
         raise BadRow("conv_A_rating or conv_B_rating is not a number")
     if ratings[0] == ratings[1]:
-        return None
+        raise BadRow(TIED)
     chosen, rejected = row.get("conv_A"), row.get("conv_B")
     if ratings[0] < ratings[1]:
         chosen, rejected = rejected, chosen
@@ -118,7 +110,7 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    "hh_rlhf": Source("Anthropic/hh-rlhf", {"data_dir": "harmless-base"}, convert_hh),
+    "hh_rlhf": Source("Anthropic/hh-rlhf", {"data_dir": "harmless-base"}),
     # Every 20th row is the paper's 40K, --subsample=2 its 400K.
     "unified_feedback": Source(
         "llm-blender/Unified-Feedback", {"name": "all"}, convert_unified, 0.02, 20
@@ -214,8 +206,9 @@ class RowMaker:
 
     def make_rows(self, items):
         for item in items:
-            # The split depends on the prompt alone.
-            digest = zlib.crc32(item.prompt.encode("utf-8", "surrogatepass"))
+            # The split depends on the prompt alone, not on its case and spaces.
+            prompt = " ".join(item.prompt.split()).casefold()
+            digest = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
             split = "val" if digest % 10000 < self.val_share * 10000 else "train"
             if bool(item.correct) != (self.kind == "labels"):
                 raise UserError("a file holds pairs or labelled responses, not both")
@@ -225,8 +218,8 @@ class RowMaker:
                 self.held_out.append(format_candidates(item))
             for text, correct in zip(item.responses, item.correct):
                 label = self.labels.get(correct)
-                if not text.strip() or label is None:
-                    self.skipped[EMPTY] += 1
+                if label is None:
+                    self.skipped[NO_LABEL] += 1
                 elif label == 1:
                     yield self.count(split, item.prompt, text, None)
                 else:
@@ -244,14 +237,14 @@ class RowMaker:
 
     def check(self, config, path):
         """Raise a UserError if nothing could be learned from the rows."""
-        n_rows = self.sides.total() + self.skipped[EMPTY]
+        n_rows = self.sides.total() + self.skipped[NO_LABEL]
         check_skipped(path, self.skipped, n_rows, config.max_bad_fraction)
         for split in ("train", "val"):
             both = self.sides[split, True] and self.sides[split, False]
             if self.kind == "labels" and not both:
                 raise UserError(
                     f"{path}: all responses of {split} have the same label. Nothing "
-                    "can be learned from that, or measured"
+                    "can be learned from that, or measured. (Rows are split by prompt)"
                 )
         if self.notes:
             print(f"{path}: {format_counts(self.notes)}")
@@ -290,19 +283,19 @@ def prepare(config, source, path):
     tokenizer = make_tokenizer(config.tokenizer, train_texts())  # gpt2 reads none
     maker = RowMaker(kind, config.val_share, labels)
 
-    def checked_rows():
-        yield from maker.make_rows(chain([first], items))
+    def check():
         maker.check(config, path)
         maker.skipped.update(bad_rows)
 
     write_dataset(
         folder,
-        checked_rows(),
+        maker.make_rows(chain([first], items)),
         ("train", "val"),
         tokenizer,
         config.block_size,
         kind,
         maker.skipped,
+        check=check,
         source=config.source or config.input,
         val_share=config.val_share,
         subsample=config.subsample,
@@ -343,7 +336,7 @@ def main(config):
     check_range(config, 0, 1, "val_share", "max_bad_fraction")
     check_range(config, -math.inf, math.inf, "threshold")  # refuses NaN
     check_range(config, 1, 10**6, "subsample", "block_size")
-    if config.name == "toy":
+    if config.name.lower() == "toy":  # some disks do not distinguish case
         raise UserError("'toy' is made by data/toy.py. Choose another --name")
     if "/" in config.tokenizer or Path(config.tokenizer).is_dir():
         from pretrained.weights import check_config

@@ -82,14 +82,20 @@ def test_lengths_that_do_not_increase_are_refused(text):
         bon.parse_lengths(text)
 
 
-def test_the_curve_uses_the_prompts_that_have_enough_candidates():
+def test_all_rows_of_the_curve_use_the_same_prompts(capsys):
     first, second = bon.best_of_n_curve([[1, 2, 3], [1]], [[0, 0, 1], [1]], "ab")
-    assert (first["n"], first["prompts"]) == (1, 2)
+    assert (first["n"], first["prompts"]) == (1, 1)
     assert (second["n"], second["prompts"]) == (2, 1)
+    assert "1 of 2 prompts are left out of the curve" in capsys.readouterr().out
     for key in ("reward_model", "random", "oracle"):
-        assert first[key] == pytest.approx((1 / 3 + 1) / 2)
+        assert first[key] == pytest.approx(1 / 3)
+    assert first["random"] == second["random"]
     assert second["reward_model"] == second["oracle"] == pytest.approx(2 / 3)
     assert second["kl_at_most"] == pytest.approx(math.log(2) - 0.5)
+    sizes = [[0] * 5] * 3 + [[0] * 7] * 2 + [[0]] * 4  # five of nine have four or more
+    rows = bon.best_of_n_curve(sizes, sizes, range(9))
+    assert [row["n"] for row in rows] == [1, 2, 4]
+    assert {row["prompts"] for row in rows} == {5}
 
 
 def test_the_interval_counts_prompts_and_not_rows():
@@ -182,7 +188,7 @@ def test_candidates_of_a_file_may_differ_in_number_and_be_too_long(inside):
     results = run(candidates="c.jsonl", halving_lengths="1", max_bad_fraction=1)
     judges = {judge for judge, _ in strategies(results, "gold")}
     assert judges == {"random", "reward model", "oracle"}
-    assert [row["prompts"] for row in results["curve"]] == [3, 2, 1]
+    assert [row["prompts"] for row in results["curve"]] == [2, 2]
     assert results["candidates"] == 7
 
 

@@ -11,6 +11,7 @@ from data.formats import (
     parse_candidates,
     parse_pairs,
     parse_steps,
+    print_prompt_hint,
     read_candidates,
     read_items,
     read_pairs,
@@ -46,11 +47,30 @@ def bpe():
 # Rows that are skipped ----------------------------------------------------------------
 
 USER = messages("x")[0]
+CHAT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi?\n\nAssistant:"
+OTHER_CHAT = CHAT.replace("Hi", "Ho") + " y"
+CHATML = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
 BAD_PAIRS = [  # the change to a good row, and the reason
     ({"rejected": 3}, "rejected is not text but int"),
     ({"chosen": None}, "chosen is missing"),
     ({"prompt": " "}, "prompt is empty"),
     ({"chosen": "no"}, "the same"),
+    ({"score_chosen": 4.0, "score_rejected": "4"}, "neither response is preferred"),
+    ({"chosen-rating": 5, "rejected-rating": 5}, "neither response is preferred"),
+    ({"preference_strength": 0}, "neither response is preferred"),
+    ({"chosen": "[{'role': 'user', 'content': 'x'}]"}, "printed as text"),
+    ({"prompt": '[{"from": "human", "value": "x"}]'}, "printed as text"),
+    (
+        {"prompt": None, "chosen": CHAT + " x", "rejected": OTHER_CHAT},
+        "before the last",
+    ),
+    (
+        {"prompt": CHATML.replace("<|im_end|>", "")},
+        "ChatML's template with a turn that",
+    ),
+    ({"prompt": "<|im_start|>assistant\n"}, "without a turn of the user"),
+    ({"prompt": CHATML, "chosen": f"x<|im_end|>\n{CHATML}"}, "another turn"),
+    ({"prompt": [{"role": "user", "content": CHATML}]}, "another turn"),
     ({"prompt": [{"role": [], "content": "x"}]}, "known 'role'"),
     ({"prompt": [{"role": "user", "content": "x\n\nAssistant: y"}]}, "another turn"),
     ({"prompt": messages("x"), "chosen": messages("y")}, "one assistant message"),
@@ -78,7 +98,8 @@ BAD_CANDIDATES = [
 ]
 BAD_STEPS = [
     ({"steps": ["a", "b" + "\n" * 10**6 + "b"]}, "a solution has 100000 white"),
-    ({"steps": ["a", " "]}, "no 'steps'"),
+    ({"steps": ["", " "]}, "all 'steps' are blank"),
+    ({"steps": ["a", 1]}, "no 'steps'"),
     ({"first_error": 2}, "from -1 to 1"),
 ]
 BAD_ROWS = [(parse_pairs, *case) for case in BAD_PAIRS]
@@ -116,7 +137,7 @@ def test_a_bad_row_is_reported_counted_and_skipped(
             "cannot be read",
         ),
         ("x.parquet", b"PAR1", "read_parquet"),
-        ("x.csv", b"a", "read_csv"),
+        ("x.csv", b"a", "read_csv.*dtype=str, keep_default_na=False"),
         ("x.jsonl.zst", b"x", "zstd"),
         ("x.json", b"[\n{}]", "jq"),
         ("x.jsonl", None, "No such file"),
@@ -152,7 +173,6 @@ def test_the_four_forms_of_a_pair_are_the_same_pair():
     assert item[:3] == (prompt, responses[:1], (0.0,))
 
 
-CHAT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi?\n\nAssistant:"
 PARTS = [{"type": "text", "text": text} for text in ("a ", "b")]
 
 
@@ -184,7 +204,6 @@ def test_other_names_and_parts_of_a_prompt_are_read(prompt, row):
 @pytest.mark.parametrize(
     "start",
     [
-        "<|im_start|>user\nWhat\nis it?<|im_end|>\n<|im_start|>assistant\n",
         "### Instruction:\nSay.\n\n### Response:\n",
         "[INST] Say. [/INST]",
         "Say 1 or 2.\n",
@@ -193,6 +212,123 @@ def test_other_names_and_parts_of_a_prompt_are_read(prompt, row):
 def test_complete_texts_are_cut_after_the_last_turn_that_both_share(start):
     (pair,) = parse_pairs({"chosen": start + "one two", "rejected": start + "one 3"})
     assert pair[:2] == (start, ("one two", "one 3"))
+
+
+TEMPLATES = {
+    "ChatML": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi\n?<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "S<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi\n?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "Zephyr": "<|system|>\nS</s>\n<|user|>\nHi\n?</s>\n<|assistant|>\n",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_that_a_chat_template_has_formatted_is_read_as_turns(name):
+    """With a `prompt`, in complete texts, with end marks, and without the header."""
+    start = TEMPLATES[name]
+    end = {"ChatML": "<|im_end|>\n", "Llama 3": "<|eot_id|>", "Zephyr": "</s>\n"}[name]
+    user_end = start.rindex(end) + len(end)
+    header = start[user_end:]
+    for row in (
+        {"prompt": start, "chosen": "yes", "rejected": "no"},
+        {"prompt": start, "chosen": "yes" + end, "rejected": "no" + end},
+        {"chosen": start + "yes" + end, "rejected": start + "no" + end},
+        {
+            "prompt": start[:user_end],
+            "chosen": f"{header}yes{end}",
+            "rejected": f"{header}no{end}",
+        },
+    ):
+        (pair,) = parse_pairs(row)
+        assert split_turns(pair.prompt) == [("system", "S"), ("user", "Hi\n?")]
+        assert pair.responses == (" yes", " no")
+    mentioned = f"What does {start} mean?"  # not formatted by a template
+    (pair,) = parse_pairs({"prompt": mentioned, "chosen": start, "rejected": "no"})
+    assert pair[:2] == (mentioned, (start, "no"))
+
+
+def test_an_empty_response_is_a_response(tmp_path, bpe):
+    path = write(tmp_path / "x.jsonl", {"prompt": "Q", "chosen": "no", "rejected": ""})
+    _, (example,), _ = read_pairs(path, bpe, 64)
+    assert example.responses[1].tolist() == [bpe.end_of_text]
+    row = {"prompt": messages("Q"), "chosen": messages("", "x")[1:], "rejected": ""}
+    assert parse_pairs(row)[0].responses == (" x", "")
+
+
+@pytest.mark.parametrize(
+    "steps, first_error, expected",
+    [
+        (["a", "", "b"], 2, (["a\n", "b"], 1)),
+        (["a", " ", "b"], 1, (["a\n ", "b"], 0)),
+        (["", "\n", "a", "b"], 3, (["\n\n\na", "b"], 1)),
+        (["", "a"], -1, (["\na"], -1)),
+        (["a", "b"], 1, (["a", "b"], 1)),
+    ],
+)
+def test_blank_steps_belong_to_their_neighbours(steps, first_error, expected):
+    (item,) = parse_steps({"prompt": "Q", "steps": steps, "first_error": first_error})
+    merged, merged_error = expected
+    assert item.responses == ("\n".join(steps),) == ("\n".join(merged),)
+    assert item.first_error == merged_error
+    starts = [0, *item.ends]
+    texts = [item.responses[0][a:b] for a, b in zip(starts, starts[1:])]
+    assert "\n".join(merged) == "".join(texts)
+    assert texts[:-1] == [step + "\n" for step in merged[:-1]]
+
+
+def test_labels_may_be_text_as_in_a_converted_csv():
+    for text, label in (("1", 1.0), ("0.5", 0.5), ("True", 1.0), ("false", 0.0)):
+        (item,) = parse_candidates({"prompt": "Q", "completion": "a", "label": text})
+        assert item.correct == (label,)
+
+
+def test_keys_of_responses_that_are_not_read_are_printed(tmp_path, capsys):
+    response = {"text": "a", "correct": 1, "score": 3, "model": "m"}
+    path = write(tmp_path / "x.jsonl", {"prompt": "Q", "responses": [response]})
+    list(read_items(path, parse_candidates, skipped=Counter()))
+    output = capsys.readouterr().out
+    assert "read prompt, responses. Ignored: responses." in output
+    assert "responses.score" in output and "responses.model" in output
+
+
+def test_pairs_with_the_same_tokens_are_skipped_and_counted(tmp_path, bpe):
+    class Stripping(type(bpe)):  # as pretrained tokenizers do after "Assistant:"
+        def encode_response(self, text):
+            return super().encode_response(text.removeprefix(" "))
+
+    tokenizer = Stripping("bpe:257", {bytes([i]): i for i in range(256)})
+    same = {**PAIR, "chosen": " yes", "rejected": "yes"}
+    path = write(tmp_path / "x.jsonl", PAIR, same)
+    with pytest.raises(UserError, match="1 of 2 rows are skipped .*the same tokens"):
+        read_pairs(path, tokenizer, 64)
+    items, _, n_skipped = read_pairs(path, tokenizer, 64, max_bad_fraction=1)
+    assert len(items) == n_skipped == 1
+    candidates = {"prompt": "Q", "responses": [{"text": "a", "correct": 1}] * 2}
+    path = write(tmp_path / "y.jsonl", candidates)
+    _, (example,), _ = read_candidates(path, tokenizer, 64)
+    assert len(example.responses) == 2  # a repeated candidate is one
+
+
+def test_ties_do_not_refuse_a_file(tmp_path, bpe):
+    tied = {**PAIR, "score_chosen": 1, "score_rejected": 1}
+    path = write(tmp_path / "x.jsonl", PAIR, tied)
+    items, _, n_skipped = read_pairs(path, bpe, 64)
+    assert len(items) == n_skipped == 1
+
+
+def test_a_file_with_other_prompts_than_in_training_is_noticed(bpe, capsys):
+    (plain,), (chat,) = parse_pairs(PAIR), parse_pairs(PAIR, wrap_as_chat=True)
+    for item, trained_on_chat, message in (
+        (plain, True, "x do not. --wrap_as_chat=True adds it"),
+        (chat, False, "the training prompts do not"),
+        (plain, False, ""),
+        (chat, True, ""),
+    ):
+        print_prompt_hint("x", [item] * 3, bpe, trained_on_chat)
+        output = capsys.readouterr().out
+        assert message in output and bool(message) == bool(output)
 
 
 def test_a_prompt_that_responses_repeat_is_removed_and_counted():
@@ -270,7 +406,9 @@ def test_a_long_candidate_is_dropped_alone(tmp_path, bpe):
     _, (example,), _ = read_candidates(path, bpe, 5)
     lengths = [len(example.prompt), *map(len, example.responses)]
     assert lengths == [1, 4, 1]  # with end-of-text
-    (item,), (example,), _ = read_candidates(path, bpe, 4)
+    with pytest.raises(UserError, match="1 of 2 candidates are skipped"):
+        read_candidates(path, bpe, 4)
+    (item,), (example,), _ = read_candidates(path, bpe, 4, max_bad_fraction=1)
     assert item.correct == (0.0,) and len(example.responses) == 1
 
 

@@ -177,7 +177,7 @@ def test_candidates_become_labelled_responses_and_held_out_ones_are_kept():
             for text, label in zip(texts, correct):
                 row = (prompt, text, "") if label else (prompt, "", text)
                 expected.append(row)
-    bad = [{"text": " ", "correct": True}, {"text": "half", "correct": 0.5}]
+    bad = [{"text": "third", "correct": 0.3}, {"text": "half", "correct": 0.5}]
     rows.append({"prompt": "Q", "responses": bad})
     train, val, dataset = run(*rows, source="gsm8k", val_share=0)
     assert dataset.metadata["val_share"] == 0.2
@@ -216,12 +216,34 @@ def test_hh_rlhf_rows_are_two_conversations_with_one_prompt():
         prompt = f"\n\nHuman: q {i}\n\nAssistant:"
         rows.append({"chosen": prompt + " good", "rejected": prompt + " bad"})
         expected.append((prompt, " good", " bad"))
-    # Conversations that differ before the last response, and one without a prompt.
+    # Conversations that differ before the last response, and one without a response.
     rows += [{"chosen": rows[1]["chosen"], "rejected": rows[2]["rejected"]}]
     rows += [{"chosen": "x"}]
     train, val, dataset = run(*rows, source="hh_rlhf", max_bad_fraction=0.1)
     assert sorted(train + val) == sorted(expected)
-    assert list(dataset.metadata["skipped"].values()) == [2]
+    skipped = dataset.metadata["skipped"]
+    assert sorted(skipped.values()) == [1, 1] and dataset.is_chat()
+    assert "two conversations that differ before the last response" in skipped
+
+
+def test_prompts_that_differ_in_case_or_spaces_are_in_one_part():
+    rows = []
+    for i in range(40):
+        for prompt in (f"Why {i}?", f" why  {i}?\n", f"WHY {i}?"):
+            rows.append({**PAIR, "prompt": prompt, "chosen": f"yes {len(rows)}"})
+    train, val, dataset = run(*rows, name="mine")
+    parts = []
+    for part in (train, val):
+        parts.append({" ".join(row[0].lower().split()) for row in part})
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 40
+    assert not dataset.is_chat()
+
+
+def test_long_responses_are_counted_in_a_small_file_too():
+    rows = pairs(40) + pairs(5, chosen="yes " * 200)
+    with pytest.raises(UserError, match="5 of 45 rows are skipped .a response longer"):
+        run(*rows, name="mine", block_size=64)
+    assert not Path("data/mine/dataset.json").exists()
 
 
 def test_unified_feedback_rows_are_ordered_by_rating_and_ties_dropped():
@@ -244,7 +266,8 @@ def test_unified_feedback_rows_are_ordered_by_rating_and_ties_dropped():
     train, val, dataset = run(*rows, *bad, source="unified_feedback", **settings)
     assert sorted(train + val) == sorted(expected)
     reason = "conv_A_rating or conv_B_rating is not a number"
-    assert dataset.metadata["skipped"] == {reason: 2}
+    expected = {reason: 2, "neither response is preferred": 20}
+    assert dataset.metadata["skipped"] == expected
 
 
 @pytest.mark.parametrize(
@@ -257,8 +280,12 @@ def test_unified_feedback_rows_are_ordered_by_rating_and_ties_dropped():
         ({"input": "x", "val_share": 1.5}, "at most 1"),
         ({"input": "x", "threshold": math.nan}, "--threshold must be .*, not nan"),
         ({"name": "x", "input": "nowhere.jsonl"}, "No such file"),
-        ({"name": "x", "input": "one.jsonl"}, "no row is left for .*More rows may"),
+        (
+            {"name": "x", "input": "one.jsonl"},
+            "no row is left for .*more different prompts may",
+        ),
         ({"name": "toy", "input": "one.jsonl"}, "made by data/toy.py"),
+        ({"name": "Toy", "input": "one.jsonl"}, "made by data/toy.py"),
     ],
 )
 def test_a_mistake_and_a_missing_network_are_one_line(monkeypatch, settings, message):
