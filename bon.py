@@ -517,7 +517,7 @@ def main(config):
     if config.candidates:
         from data.formats import print_prompt_hint, read_candidates
 
-        items, examples, _ = read_candidates(
+        items, examples, n_skipped = read_candidates(
             config.candidates,
             tokenizer,
             model.config.block_size,
@@ -531,6 +531,9 @@ def main(config):
         generator, dataset, score_gold = open_generator(tokenizer, checkpoint, config)
         examples = sample_candidates(generator, dataset, config)
         gold_scores, prompts = score_gold(examples), list(range(len(examples)))
+        n_finished = sum(len(example.responses) for example in examples)
+        n_prompts = min(config.prompts, len(dataset.split("val").prompts()))
+        n_skipped = n_prompts * config.samples - n_finished
         if lengths and dataset.kind == "toy":
             exact = exact_values(dataset, examples)
     rewards = candidate_rewards(model, examples)
@@ -539,6 +542,7 @@ def main(config):
         final.append([prefix_rewards[-1] for prefix_rewards in candidates])
     results = {
         "candidates": sum(len(scores) for scores in gold_scores),
+        "skipped": n_skipped,  # rows of the file, or unfinished responses
         "settings": dataclasses.asdict(config),
         "curve": best_of_n_curve(final, gold_scores, prompts),
     }

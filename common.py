@@ -237,6 +237,12 @@ def check_choice(name, value, options):
         raise UserError(f"unknown {name} {value!r}. Choose one of: {choices}")
 
 
+def check_all_finite(last_step, history):
+    """check_finite for all steps up to last_step. history: a tensor for each step."""
+    for i, values in enumerate(torch.stack(history).tolist()):
+        check_finite(last_step - len(history) + 1 + i, *values)
+
+
 def check_finite(step, *values):
     """End a run whose loss, gradient or weights are not finite."""
     if not all(math.isfinite(value) for value in values):
@@ -451,8 +457,9 @@ def read_archive(path):
     Tensors that are never used, such as the optimizer's, take no memory.
     """
     with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:
-            raise ValueError("wrong CRC")
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > os.path.getsize(path) or archive.testzip() is not None:
+            raise ValueError("wrong size or CRC")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 

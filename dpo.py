@@ -23,7 +23,7 @@ from common import (
     UserError,
     autocast,
     check_choice,
-    check_finite,
+    check_all_finite,
     check_range,
     file_sha256,
     find_near,
@@ -172,7 +172,7 @@ def train_policy(config, reference, tokenizer, pairs, reference_logprobs, run):
     lengths = np.array([pair.length for pair in pairs])
     schedule = BatchSchedule(lengths, config.batch_size, config.seed)
     print(" step      loss    margin  accuracy  grad_norm")
-    steps = range(first_step, config.steps)
+    steps, history = range(first_step, config.steps), []
     for step in tqdm(steps, "policy", disable=None, leave=False):
         numbers = schedule[step]
         batch = collate([pairs[i] for i in numbers]).to(policy.device)
@@ -185,6 +185,7 @@ def train_policy(config, reference, tokenizer, pairs, reference_logprobs, run):
         loss.backward()
         rate = learning_rate(step, config.steps, config.learning_rate, WARMUP)
         grad_norm = update(policy, optimizer, rate)
+        history.append(torch.stack([loss.detach(), grad_norm]))
 
         done = step + 1
         is_last = done == config.steps
@@ -196,7 +197,8 @@ def train_policy(config, reference, tokenizer, pairs, reference_logprobs, run):
                 "accuracy": (margins > 0).float().mean().item(),
                 "grad_norm": grad_norm.item(),
             }
-            check_finite(*record.values())
+            check_all_finite(done, history)
+            history = []
             run.log(record)
             tqdm.write("{:5d}{:10.3f}{:10.3f}{:10.3f}{:11.3f}".format(*record.values()))
         if done % SAVE_INTERVAL == 0 or is_last:
@@ -293,8 +295,8 @@ def main(config):
     config = dataclasses.replace(config, out_dir=config.out_dir or default)
     check_range(config, 1, 10**9, "prompts", "max_new_tokens", "steps", "batch_size")
     check_range(config, 2, 10**9, "samples", "held_out")
-    check_range(config, 0, 10**9, "seed", "learning_rate")
-    check_range(config, POSITIVE, 10**9, "beta")
+    check_range(config, 0, 10**9, "seed")
+    check_range(config, POSITIVE, 10**9, "beta", "learning_rate")
     reward_model, tokenizer, checkpoint = load_reward_model(
         config.checkpoint, config.device
     )

@@ -11,6 +11,7 @@ as wrong. Intervals are Wilson's, with an effective sample size for pairs that s
 prompt.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ COLUMNS = {  # key of the metrics -> column of the table
     "interval": "interval",
     "longer_accuracy": "longer",
     "auc": "AUC",
-    "oracle": "exact",
+    "exact_accuracy": "exact",
     "correlation": "correlation",
     "calibration_error": "calibration",
 }
@@ -74,7 +75,7 @@ def load_reward_model(path, device):
     settings = checkpoint["settings"]
     if not is_finished(checkpoint):
         step, steps = checkpoint["step"], settings["steps"]
-        print(f"warning: {path} is not finished, step {step} of {steps}")
+        print(f"{path} is unfinished ({step:,} of {steps:,} steps)")
     config = ModelConfig(**checkpoint["model_config"])
     model = load_weights(RewardModel(config, settings["prefix_reward"]), checkpoint)
     model = model.to(pick_device(device)).eval()
@@ -190,24 +191,32 @@ def value_agreement(rewards, values, kinds):
     rewards, values, kinds: one array per response, chosen and rejected of each pair in
         turn. values: the exact value V. kinds: 1 at a remark's first token, 2 at
         evidence's, else 0
-    correlation        Pearson's, of z and V
-    calibration_error  over ten bins of z: mean gap between z and V
-    credit_leak        mean |r_t - r_t-1| at the first token of remarks, relative to
-                       that of evidence
-    oracle             accuracy when pairs are ranked by V at the last token
+    correlation        Pearson's, of z and V. None if all rewards are equal
+    calibration_error  over ten bins of z: mean gap between z and V. None likewise
+    remark_change      mean |r_t - r_t-1| at the first token of remarks, relative to
+                       that of evidence. None if rewards do not change at evidence
+    exact_accuracy     accuracy when pairs are ranked by V at the last token
     """
     changes = np.concatenate([np.abs(np.diff(r, prepend=r[0])) for r in rewards])
     all_rewards = np.concatenate(rewards).astype(float)
     kinds, V = np.concatenate(kinds), np.concatenate(values).astype(float)
     z = sigmoid(all_rewards - all_rewards.mean())
     error, bins = calibration(z, V)
+    correlation = remark_change = None
+    if np.ptp(all_rewards) > 0:
+        correlation = float(np.corrcoef(z, V)[0, 1])
+    else:
+        error = None
+    evidence_change = changes[kinds == 2].mean()
+    if evidence_change > 0:
+        remark_change = float(changes[kinds == 1].mean() / evidence_change)
     final_values = np.array([value[-1] for value in values])
     return {
-        "correlation": float(np.corrcoef(z, V)[0, 1]),
+        "correlation": correlation,
         "calibration_error": error,
         "value_bins": bins,
-        "credit_leak": float(changes[kinds == 1].mean() / changes[kinds == 2].mean()),
-        "oracle": float((final_values[0::2] > final_values[1::2]).mean()),
+        "remark_change": remark_change,
+        "exact_accuracy": float((final_values[0::2] > final_values[1::2]).mean()),
     }
 
 
@@ -226,7 +235,7 @@ def evaluate_pairs(examples, rewards, prompts=()):
     for prompt, example in zip(prompts, examples):
         first, second = example.responses
         distinct.add((prompt, first.tobytes(), second.tobytes()))
-        longer.append(len(first) > len(second))
+        longer.append(0.5 * (1 + np.sign(len(first) - len(second))))
     return {
         **accuracy_with_interval(chosen > rejected, chosen == rejected, prompts),
         "duplicates": len(examples) - len(distinct),
@@ -351,8 +360,8 @@ def compare_runs(folders):
 
 def main(config):
     if config.compare:
-        results = compare_runs([name for name in config.compare.split(",") if name])
-        save_results(config, results)
+        runs = compare_runs([name for name in config.compare.split(",") if name])
+        save_results(config, {"runs": runs})
         return
     if config.data and config.steps:
         raise UserError("--data and --steps are different evaluations. Choose one")
@@ -375,7 +384,8 @@ def main(config):
 
 
 def save_results(config, results):
-    """Write --json, if asked for."""
+    """Write --json, if asked for, with the settings of this command."""
+    results = {"evaluation": dataclasses.asdict(config), **results}
     if config.json:
         inputs = (config.checkpoint, config.data, config.steps, config.threshold_from)
         with open_output(config.json, *inputs, *config.compare.split(",")) as file:

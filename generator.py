@@ -18,7 +18,7 @@ from common import (
     UserError,
     autocast,
     check_choice,
-    check_finite,
+    check_all_finite,
     check_range,
     file_sha256,
     is_finished,
@@ -59,7 +59,7 @@ class GeneratorConfig:
     resume: bool = False  # continue from the last checkpoint in out_dir
     seed: int = 0  # random seed of the initial weights and the order of the data
     init_from: str = ""  # a pretrained model: a folder, or owner/model on the hub
-    n_layer: int = 2  # transformer blocks (with init_from: that model's)
+    n_layer: int = 2  # transformer blocks. With init_from, sizes are that model's
     n_head: int = 4  # attention heads
     n_embd: int = 64  # channels
     steps: int = 500  # updates. 0: use the weights of init_from unchanged
@@ -75,11 +75,19 @@ class GeneratorConfig:
 def build_generator(config, dataset):
     """A new LanguageModel, with random or pretrained weights."""
     tokenizer, block_size = dataset.tokenizer, dataset.block_size
+    default = GeneratorConfig()
+    sizes = config.n_layer, config.n_head, config.n_embd
+    has_default_sizes = sizes == (default.n_layer, default.n_head, default.n_embd)
+    if tokenizer.is_pretrained and not config.init_from and has_default_sizes:
+        raise UserError(
+            f"the dataset has the tokenizer of {tokenizer.name}. Start from that model "
+            f"with --init_from={tokenizer.name}, or set the sizes of a random one "
+            "(--n_layer, --n_head, --n_embd)"
+        )
     if config.init_from:
         from pretrained.weights import load_pretrained
 
         return load_pretrained(config.init_from, tokenizer, block_size)
-    sizes = config.n_layer, config.n_head, config.n_embd
     return LanguageModel(ModelConfig(tokenizer.vocab_size, block_size, *sizes))
 
 
@@ -92,7 +100,7 @@ def train_generator(config, dataset, device):
     run = Run("generator", config, {"data": dataset.fingerprint})
     first_step = run.resume(model, optimizer)
     schedule = BatchSchedule(split.example_lengths, config.batch_size, config.seed)
-    steps = range(first_step, config.steps)
+    steps, history = range(first_step, config.steps), []
     for step in tqdm(steps, "generator", disable=None, leave=False):
         batch = collate([split[i] for i in schedule[step]]).to(device)
         with autocast(device, config.dtype):
@@ -101,6 +109,7 @@ def train_generator(config, dataset, device):
         loss.backward()
         rate = learning_rate(step, config.steps, config.learning_rate, config.warmup)
         grad_norm = update(model, optimizer, rate)
+        history.append(torch.stack([loss.detach(), grad_norm]))
 
         done = step + 1
         is_last = done == config.steps
@@ -111,7 +120,8 @@ def train_generator(config, dataset, device):
                 "grad_norm": grad_norm.item(),
                 "learning_rate": rate,
             }
-            check_finite(done, record["loss"], record["grad_norm"])
+            check_all_finite(done, history)
+            history = []
             run.log(record)
             tqdm.write(
                 f"generator step {done:5d}  loss {record['loss']:.4f}"
@@ -222,6 +232,17 @@ def read_p_metadata(folder, expected_p=""):
     return metadata
 
 
+def generator_command(folder):
+    """The command that makes the generator in a folder anew."""
+    settings = load_checkpoint(folder, "generator", "policy")["settings"]
+    parts = ["python generator.py"]
+    for field in dataclasses.fields(GeneratorConfig):
+        value = settings.get(field.name, field.default)
+        if value != field.default:
+            parts.append(f"--{field.name}={value}")
+    return " ".join([*parts, f"--out_dir={folder}"])
+
+
 class Probs:
     """The p that training reads: the generator's, or a control in its place.
 
@@ -241,7 +262,7 @@ class Probs:
         if metadata["data"] != dataset.fingerprint:
             raise UserError(
                 f"{folder}/p.npy was computed for other data than "
-                f"{dataset.folder}. Run generator.py again"
+                f"{dataset.folder}. Run again: {generator_command(folder)}"
             )
         self.fingerprint = f"{p_source} {metadata['digest']}"
         if p_source != "exact":

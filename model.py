@@ -92,7 +92,7 @@ def rotary_angles(positions, head_dim, theta):
     (B, L) -> two tensors (B, 1, L, head_dim)
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
-    frequencies = theta**-exponents  # (head_dim / 2,)
+    frequencies = 1.0 / theta**exponents  # (head_dim / 2,)
     angles = positions[:, None, :, None] * frequencies  # (B, 1, L, head_dim / 2)
     angles = angles.repeat(1, 1, 1, 2)  # (B, 1, L, head_dim)
     return angles.cos(), angles.sin()

@@ -30,7 +30,7 @@ from common import (
     UserError,
     autocast,
     check_choice,
-    check_finite,
+    check_all_finite,
     check_range,
     file_sha256,
     is_main_process,
@@ -65,6 +65,7 @@ from regularizer import REGULARIZERS, last_tokens
 
 LM_GRADIENT_SCALE = 1e-3  # share of L_SFT's gradient that reaches the transformer (GRM)
 SCALE_MOMENTUM = 0.95  # of the running mean S
+MIN_SCALE = 1e-6  # of S, which would vanish if p is 0 everywhere
 INITIAL_SCALE = 0.5  # of S: about the mean weight of an untrained model
 WARMUP_SHARE = 0.25  # of all steps
 LOG_COLUMNS = {
@@ -87,16 +88,17 @@ class TrainConfig:
     resume: bool = False  # continue from the last checkpoint in out_dir
     regularizer: str = "icrm"  # a name in regularizer.REGULARIZERS
     p_source: str = "generator"  # generator, uniform (p = 1), shuffled, exact (toy)
-    prefix_reward: str = "last"  # last, mean or sum of the tokens' scores
+    prefix_reward: str = "last"  # last, mean or sum of token scores (export: last)
     reg_weight: float = 0.5  # lambda. The regularizer `none` uses 0
     lm_weight: float = 1.0  # weight of L_SFT. 0 skips it
     seed: int = 0  # of the reward head and the order of the data
     steps: int = 80  # updates
+    epochs: float = 0.0  # if above 0, sets the steps by the size of the data
     batch_size: int = 32  # pairs (or labelled responses) per update
     learning_rate: float = 0.0  # peak. 0: 2e-3, or 3e-4 with a pretrained model
-    train_last_layers: int = 0  # train only this many last blocks. 0: everything
+    train_last_layers: int = 0  # freeze the embedding and all earlier blocks. 0: none
     log_interval: int = 10  # updates between log lines
-    eval_interval: int = 40  # updates between checkpoints and evaluations of val
+    eval_interval: int = 40  # updates between evaluations on val. Each also saves
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer
@@ -125,6 +127,7 @@ def divide_by_running_mean(penalty, scale, S):
     if scale is None:
         return penalty, S
     S = SCALE_MOMENTUM * S + (1 - SCALE_MOMENTUM) * scale.detach()
+    S = S.clamp(min=MIN_SCALE)
     return penalty / S, S
 
 
@@ -158,7 +161,7 @@ def train(config, dataset, probs, device):
     schedule = BatchSchedule(split.example_lengths, config.batch_size, config.seed)
     rank, world_size = process_rank(), process_count()
     print(" step" + "".join(f"{name:>10}" for name in LOG_COLUMNS.values()))
-    steps = range(first_step, config.steps)
+    steps, history = range(first_step, config.steps), []
     # With disable=None, tqdm shows a bar only in a terminal.
     disable = None if is_main_process() else True
     for step in tqdm(steps, "reward model", disable=disable, leave=False):
@@ -186,6 +189,7 @@ def train(config, dataset, probs, device):
             step, config.steps, config.learning_rate, int(WARMUP_SHARE * config.steps)
         )
         grad_norm = update(model, optimizer, rate)
+        history.append(torch.stack([loss.detach(), grad_norm]))
 
         done = step + 1
         evaluates = done % config.eval_interval == 0 or done == config.steps
@@ -200,7 +204,8 @@ def train(config, dataset, probs, device):
                 "S": S,
             }
             metrics = {name: value.item() for name, value in metrics.items()}
-            check_finite(done, *metrics.values())
+            check_all_finite(done, history)
+            history = []
             if evaluates and is_main_process():
                 val_metrics = evaluate_split(model, dataset, "val")
             log(run, done, rate, metrics, val_metrics if evaluates else {})
@@ -249,7 +254,7 @@ def log(run, step, rate, metrics, val_metrics):
     """Log and print one line."""
     record = {"step": step, "learning_rate": rate, **metrics}
     for name in ("accuracy", "correlation"):
-        if name in val_metrics.get("val", {}):
+        if val_metrics.get("val", {}).get(name) is not None:
             record[f"val_{name}"] = val_metrics["val"][name]
     run.log(record)
     columns = [f"{record[name]:10.3f}" for name in LOG_COLUMNS if name in record]
@@ -349,6 +354,21 @@ def add_defaults(config):
     )
 
 
+def set_steps(config, dataset):
+    """Apply --epochs, and print how long the training is."""
+    n_examples = len(dataset.split("train"))
+    if config.epochs:
+        steps = max(1, round(config.epochs * n_examples / config.batch_size))
+        config = dataclasses.replace(config, steps=steps)
+    epochs = config.steps * config.batch_size / n_examples
+    unit = "responses" if dataset.kind == "labels" else "pairs"
+    print(
+        f"{config.steps} steps of {config.batch_size} {unit} are {epochs:.3g} epochs "
+        f"of {n_examples:,} {unit}"
+    )
+    return config
+
+
 def main(config):
     check_choice("regularizer", config.regularizer, REGULARIZERS)
     check_choice("p_source", config.p_source, P_SOURCES)
@@ -356,7 +376,7 @@ def main(config):
     check_range(config, 1, 10**9, "steps", "batch_size", "log_interval")
     check_range(config, 1, 10**9, "eval_interval")
     check_range(config, 0, 10**9, "seed", "learning_rate", "train_last_layers")
-    check_range(config, 0, 10**9, "lm_weight")
+    check_range(config, 0, 10**9, "lm_weight", "epochs")
     check_range(config, 0, 1, "reg_weight")
     if config.batch_size % process_count():
         raise UserError(
@@ -374,6 +394,7 @@ def main(config):
         rate = 3e-4 if dataset.tokenizer.is_pretrained else 2e-3
         config = dataclasses.replace(config, learning_rate=rate)
     probs = Probs(config.p_source, dataset, config.generator)
+    config = set_steps(config, dataset)
     with lock(config.out_dir):
         model, val_metrics = train(config, dataset, probs, device)
         if is_main_process():

@@ -44,7 +44,7 @@ def first_error_scores(rewards, first_errors, threshold):
     correct_accuracy = float(np.mean(correct)) if correct else None
     f1 = None
     if wrong and correct:
-        f1 = harmonic_mean([error_accuracy, correct_accuracy])
+        f1 = float(harmonic_mean([error_accuracy, correct_accuracy]))
     return {
         "error_accuracy": error_accuracy,
         "correct_accuracy": correct_accuracy,
@@ -70,8 +70,8 @@ def best_threshold(rewards, first_errors):
 
 
 def score_steps(model, tokenizer, config, path):
-    """Read a file and return its items and the rewards of the steps of each."""
-    items, examples, positions = read_steps(
+    """Read a file. Return its items, the rewards of their steps, and skipped rows."""
+    items, examples, positions, n_skipped = read_steps(
         path,
         tokenizer,
         model.config.block_size,
@@ -82,7 +82,7 @@ def score_steps(model, tokenizer, config, path):
     step_rewards = []
     for (prefix_rewards,), step_positions in zip(rewards, positions):
         step_rewards.append(prefix_rewards[step_positions])
-    return items, step_rewards
+    return items, step_rewards, n_skipped
 
 
 def evaluate_steps(model, tokenizer, config, trained_on_chat):
@@ -90,7 +90,7 @@ def evaluate_steps(model, tokenizer, config, trained_on_chat):
     threshold_file = Path(config.threshold_from or config.steps)
     if threshold_file.resolve() == Path(config.steps).resolve():
         raise UserError("choose the threshold on another file: --threshold_from=FILE")
-    items, rewards = score_steps(model, tokenizer, config, config.threshold_from)
+    items, rewards, _ = score_steps(model, tokenizer, config, config.threshold_from)
     errors = [item.first_error for item in items]
     if min(errors) >= 0 or max(errors) < 0:
         raise UserError(
@@ -98,7 +98,7 @@ def evaluate_steps(model, tokenizer, config, trained_on_chat):
         )
     threshold = best_threshold(rewards, errors)
 
-    items, rewards = score_steps(model, tokenizer, config, config.steps)
+    items, rewards, n_skipped = score_steps(model, tokenizer, config, config.steps)
     print_prompt_hint(config.steps, items, tokenizer, trained_on_chat)
     subsets = sorted({item.subset for item in items if item.subset})
     results = {}
@@ -114,4 +114,4 @@ def evaluate_steps(model, tokenizer, config, trained_on_chat):
         lines.append([name, *(format_cell(scores[column]) for column in COLUMNS)])
     print_lines(lines)
     print(f"threshold {threshold:.4f}, chosen on {config.threshold_from}")
-    return results
+    return {"subsets": results, "skipped": n_skipped}

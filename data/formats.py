@@ -88,6 +88,7 @@ PRINTED_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]
 DIFFERENT_TURNS = "two conversations that differ before the last response"
 MAX_PRINTED = 5  # skipped rows that are printed
 MIN_REPEATED = 20  # characters. A longer prompt is not repeated by chance
+MAX_LINE = 10**8  # characters. A small .gz may hold a huge line
 MAX_SPACES = 100_000  # in a row. tiktoken crashes on more
 CONVERT = "Convert it with pandas.{}(A).to_json(B, orient='records', lines=True)"
 REMEDIES = {  # what to do with files that are not JSON lines
@@ -595,7 +596,12 @@ def read_lines(path):
     open_file = gzip.open if str(path).endswith(".gz") else open
     try:
         with open_file(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), "")):
+                if len(line) == MAX_LINE:
+                    raise UserError(
+                        f"{path}, line {number + 1} is longer than {MAX_LINE:,} "
+                        "characters"
+                    )
                 if number == 0 and line.lstrip().startswith("["):
                     raise UserError(
                         f"{path} is one JSON array. Convert it with `jq -c '.[]' A > B`"
@@ -711,10 +717,10 @@ read_candidates = partial(read_examples, parse_candidates)
 def read_steps(path, tokenizer, block_size, wrap_as_chat=False, max_bad_fraction=0.05):
     """Read a file of solutions in steps.
 
-    Returns the items, an Example for each, and the positions of the steps' last tokens
-    in each response.
+    Returns the items, an Example for each, the positions of the steps' last tokens in
+    each response, and the number of skipped rows.
     """
-    items, examples, _ = read_examples(
+    items, examples, n_skipped = read_examples(
         parse_steps, path, tokenizer, block_size, wrap_as_chat, max_bad_fraction
     )
     positions = []
@@ -724,4 +730,4 @@ def read_steps(path, tokenizer, block_size, wrap_as_chat=False, max_bad_fraction
             n_tokens = len(tokenizer.encode_response(text[:end])) - 1  # without the end
             ends.append(n_tokens - 1)
         positions.append(ends)
-    return items, examples, positions
+    return items, examples, positions, n_skipped

@@ -63,7 +63,7 @@ class PrepareConfig:
     max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
 
 
-# Published collections: a raw row -> a row that data/formats.py reads, or None --------
+# Published collections: a raw row -> a row that data/formats.py reads -----------------
 
 
 def convert_unified(row):

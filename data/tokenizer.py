@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 from tiktoken_ext import openai_public
+from tqdm import tqdm
 
 from common import UserError, sha256_of
 
@@ -75,15 +76,14 @@ class Tokenizer:
         normalization="",
     ):
         pattern = pattern or split_pattern()
-        self.name, self.normalization = name, normalization
+        self.name, self.ranks = name, ranks
+        self.pattern, self.normalization = pattern, normalization
         self.special = special or {end: len(ranks)}
         self.end_of_text = self.special[end]
         self.vocab_size = 1 + max(*ranks.values(), *self.special.values())
-        # tiktoken needs all 256 bytes. Missing ones get ids that encode() removes.
         all_ranks = dict(ranks)
-        for byte in range(256):
+        for byte in range(256):  # tiktoken needs all. Missing ones get unused ids
             all_ranks.setdefault(bytes([byte]), self.vocab_size + byte)
-        self.drops_bytes = len(all_ranks) > len(ranks)
         self.encoding = tiktoken.Encoding(
             name,
             pat_str=pattern,
@@ -107,13 +107,10 @@ class Tokenizer:
         return self.saved
 
     def encode(self, text):
-        """Text -> token ids. Bytes that the vocabulary lacks are dropped."""
+        """Text -> token ids."""
         if self.normalization:
             text = unicodedata.normalize(self.normalization, text)
-        tokens = self.encoding.encode_ordinary(text)
-        if self.drops_bytes:
-            tokens = [token for token in tokens if token < self.vocab_size]
-        return tokens
+        return self.encoding.encode_ordinary(text)
 
     def encode_prompt(self, text):
         return self.encode(text)
@@ -227,6 +224,7 @@ def train_bpe(texts, size):
     symbols, weights = flatten_words(frequency)
     counts = count_pairs(symbols, weights, np.arange(len(symbols) - 1))
     changed_pairs = list(counts)
+    progress = tqdm(desc="bpe", total=size - len(ranks), disable=None, leave=False)
     while len(ranks) < size:
         for pair in changed_pairs:
             if counts[pair]:
@@ -242,6 +240,7 @@ def train_bpe(texts, size):
         if left + right not in ranks:  # two pairs can make the same token
             ranks[left + right] = len(ranks)
             tokens.append(left + right)
+            progress.update()
 
         first = find_pair(symbols, pair)
         touching = np.concatenate([first - 1, first, first + 1])
@@ -253,6 +252,7 @@ def train_bpe(texts, size):
         counts.subtract(removed)
         counts.update(added)
         changed_pairs = removed | added
+    progress.close()
     return ranks
 
 

@@ -108,7 +108,7 @@ class Benchmarks:
         items, examples, _ = read_candidates(config.candidates, *arguments)
         self.candidates = examples[:N_CANDIDATE_SETS]
         self.correct = [item.correct for item in items]
-        items, self.solutions, self.step_ends = read_steps(config.steps, *arguments)
+        items, self.solutions, self.step_ends, _ = read_steps(config.steps, *arguments)
         self.first_errors = np.array([item.first_error for item in items])
         numbers = {}
         for item in items:

@@ -159,7 +159,7 @@ def measure_arm(arm, seed, names, examples, qualities, with_policies):
         metrics[split] = splits[split]["accuracy"]
     metrics["correlation"] = splits["val"]["correlation"]
     metrics["calibration"] = splits["val"]["calibration_error"]
-    metrics["remark_change"] = splits["val"]["credit_leak"]
+    metrics["remark_change"] = splits["val"]["remark_change"]
     model, _, _ = load_reward_model(folder, "cpu")
     metrics.update(measure_search(candidate_rewards(model, examples), qualities))
     if with_policies:

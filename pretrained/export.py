@@ -31,9 +31,28 @@ from pretrained.tokenizer import read_tokenizer
 README = """A reward model, {architecture} with one label, trained from {base}.
 
 The reward of a text is the score of its last token that is not padding (`{pad}`).
-That token must be the end of the response. The tokenizer's chat template, if there is
-one, writes such texts. It adds no system message. Batches may be padded on either side.
+That token must be the end of the response. {usage}
 """
+CHAT_USAGE = """The chat template writes such texts. It adds no system
+message:
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
+messages = [
+    {"role": "user", "content": "Hi!"},
+    {"role": "assistant", "content": "Hello."},
+]
+tokens = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+reward = model(**tokens).logits[0, 0]
+```
+
+If you tokenize the template's text yourself, pass `add_special_tokens=False`. It has
+all special tokens already. Batches may be padded on either side."""
+PLAIN_USAGE = """Write prompts as in training, and tokenize
+with `add_special_tokens=False`. Batches may be padded on either side."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +148,13 @@ def export(checkpoint, folder):
         pad_token_id=tokenizer.special[pad],
     )
     tokenizer_config["pad_token"] = pad
+    tokenizer_config.pop("chat_template", None)
     if tokenizer.chat_format:
         tokenizer_config["chat_template"] = chat_template(tokenizer.chat_format)
-    readme = README.format(architecture=architecture, pad=pad, base=Path(name).name)
+    usage = CHAT_USAGE if tokenizer.chat_format else PLAIN_USAGE
+    readme = README.format(
+        architecture=architecture, pad=pad, base=Path(name).name, usage=usage
+    )
     weights = dict(checkpoint["model"])
     del weights["lm_head.weight"]
     write_safetensors(folder / "model.safetensors", weights)

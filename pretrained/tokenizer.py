@@ -7,7 +7,10 @@ that token, as in transformers.
 """
 
 import re
+import unicodedata
 from typing import NamedTuple
+
+import regex  # a dependency of tiktoken
 
 from common import UserError, load_json, sha256_of
 
@@ -56,6 +59,7 @@ class PretrainedTokenizer(Tokenizer):
         self.text_tokens = sorted(text_tokens, key=len, reverse=True)
         names = "|".join(re.escape(token) for token in self.text_tokens)
         self.text_token_pattern = re.compile(f"({names})")
+        self.missing_bytes = {i for i in range(256) if bytes([i]) not in self.ranks}
         self.saved.update(chat_format=chat_format, text_tokens=self.text_tokens)
         # A folder may be renamed, so its name is no part of the fingerprint.
         self.fingerprint = sha256_of(repr({**self.saved, "name": ""}))
@@ -63,14 +67,43 @@ class PretrainedTokenizer(Tokenizer):
     def encode(self, text):
         """Text -> token ids."""
         if not self.text_tokens:
-            return super().encode(text)
+            return self.encode_plain(text)
         tokens = []
         for part in self.text_token_pattern.split(text):
             if part in self.text_tokens:
                 tokens.append(self.special[part])
             else:
-                tokens += super().encode(part)
+                tokens += self.encode_plain(part)
         return tokens
+
+    def encode_plain(self, text):
+        """Text without added tokens -> token ids.
+
+        Bytes that the vocabulary lacks are dropped before merging, as in the library
+        that wrote the file.
+        """
+        if self.missing_bytes.isdisjoint(text.encode("utf-8", "replace")):
+            return super().encode(text)
+        if self.normalization:
+            text = unicodedata.normalize(self.normalization, text)
+        tokens = []
+        for word in regex.findall(self.pattern, text):
+            parts = []
+            for byte in word.encode("utf-8", "replace"):
+                if byte not in self.missing_bytes:
+                    parts.append(bytes([byte]))
+            tokens += [self.ranks[part] for part in self.merge(parts)]
+        return tokens
+
+    def merge(self, parts):
+        """Merge neighbours as byte-pair encoding does, the smallest token first."""
+        while True:
+            merged = [a + b for a, b in zip(parts, parts[1:])]
+            known = [part for part in merged if part in self.ranks]
+            if not known:
+                return parts
+            i = merged.index(min(known, key=self.ranks.get))
+            parts = [*parts[:i], merged[i], *parts[i + 2 :]]
 
     def encode_prompt(self, text):
         """A prompt -> token ids, in the chat format, up to the start of the response.

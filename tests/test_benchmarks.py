@@ -169,8 +169,10 @@ def test_steps_are_scored_as_prefixes_and_the_threshold_is_from_another_file(
     rewards, errors = choose.call_args.args
     results = json.loads(output.read_text())
     assert errors == [-1, 0, 1, 2, -1]
-    assert results.keys() - {"checksum"} == {"(all)", "x", "y"}
-    assert (results["(all)"]["n_wrong"], results["(all)"]["n_correct"]) == (6, 2)
+    assert results["skipped"] == 0 and results["evaluation"]["steps"] == str(test)
+    subsets = results["subsets"]
+    assert subsets.keys() == {"(all)", "x", "y"}
+    assert (subsets["(all)"]["n_wrong"], subsets["(all)"]["n_correct"]) == (6, 2)
     model, tokenizer, _ = load_reward_model("out/run", "cpu")
     prompt = tokenizer.encode("How is it?")
     parts = [" first one\n", "second\n", "third two"]

@@ -155,7 +155,8 @@ def test_halving_saves_tokens_and_without_dropping_is_best_of_all(inside):
     gold = strategies(results, "gold")  # from the same samples
     best = gold["reward model", "best of all"]
     assert gold["reward model", "halving"] == best
-    assert gold["reward model", "halving while sampling"] == best
+    online = gold["reward model", "halving while sampling"]
+    assert online == pytest.approx(best, abs=1e-5)
 
 
 def test_the_exact_value_stays_after_a_token_that_the_world_cannot_produce(inside):

@@ -5,7 +5,9 @@ import importlib
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,91 @@ def test_an_error_of_the_user_is_one_line(error, message, script, capsys):
 def test_a_fault_of_the_program_is_a_traceback(script):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run_script(ExampleConfig, lambda config: torch.zeros(2, 3) @ torch.zeros(2, 3))
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from dataclasses import dataclass
+from common import run_script, write_json
+
+@dataclass(frozen=True)
+class Config:
+    out: str = ""  # a file
+
+def main(config):
+    for number in range(5000):
+        print(f"line {{number}} of {{config.out}}")
+    print("the end", file=sys.stderr)
+    if config.out:
+        write_json(config.out, {{"out": config.out}})
+
+run_script(Config, main)
+"""
+
+
+@pytest.mark.parametrize(
+    "redirection, output, errors",
+    [
+        (">&-", b"", b"the end\n"),
+        ("2>&-", b"line 4999", b""),
+        (">&- 2>&-", b"", b""),
+        ("| head -n 1", b"settings", b""),
+        ("--out=$(printf 'x\\xff') | tail -n 1", b"line 4999 of x\\udcff", b"the end"),
+    ],
+)
+def test_closed_outputs_and_odd_paths_are_no_traceback(
+    tmp_path, redirection, output, errors
+):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(root=str(ROOT)))
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {path} {redirection}"],
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert output in done.stdout and errors in done.stderr
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    if "--out" in redirection:
+        assert os.fsencode(tmp_path) + b"/x\xff" in map(os.fsencode, tmp_path.iterdir())
+
+
+def test_ctrl_c_during_imports_is_one_line():
+    """At six instants, from when common.py has imported the standard library."""
+    for delay in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", IMPORTING],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        process.stdout.readline()  # common.py comes next
+        time.sleep(0.1 + 0.12 * delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        if process.returncode != 0:
+            assert errors == "stopped by SIGINT\n"
+        else:
+            break
+    assert delay > 1
+
+
+IMPORTING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print("start", flush=True)
+import train
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is imported
+"""
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_part_of_torchruns_variables_is_one_line(name, script, capsys, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit):
+        run_script(ExampleConfig, lambda config: None)
+    assert f"error: {name} is set without" in capsys.readouterr().err
 
 
 # Files --------------------------------------------------------------------------------

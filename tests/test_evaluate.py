@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import dpo
 import evaluate
 import report
 from common import UserError, load_checkpoint, parse_settings, write_json
-from data import batch
+from data import batch, toy
 from data.batch import Example
 from data.dataset import open_dataset
 from pretrained import export
@@ -161,6 +162,16 @@ def test_a_tie_is_wrong_and_repeated_pairs_are_counted():
     assert twice["high"] == pytest.approx(metrics["high"])
 
 
+def test_the_length_baseline_counts_half_for_equal_lengths():
+    examples = []
+    for lengths in ((1, 1), (1, 3), (3, 1), (3, 1)):
+        responses = tuple(np.arange(length) for length in lengths)
+        examples.append(Example(np.array([0]), responses))
+    rewards = [[np.array([1.0]), np.array([0.0])]] * 4
+    metrics = evaluate.evaluate_pairs(examples, rewards)
+    assert metrics["longer_accuracy"] == (0.5 + 0 + 1 + 1) / 4
+
+
 # Distance from the exact value --------------------------------------------------------
 
 
@@ -178,8 +189,8 @@ def exact(inside):
 def test_the_exact_value_has_correlation_one_no_leak_and_accuracy_one(exact):
     logits = [np.log(V.astype(float) / (1 - V)) for V in exact[0]]
     metrics = evaluate.value_agreement(logits, *exact)
-    assert metrics["correlation"] > 0.99 and metrics["oracle"] == 1.0
-    assert metrics["credit_leak"] == pytest.approx(0, abs=1e-5)
+    assert metrics["correlation"] > 0.99 and metrics["exact_accuracy"] == 1.0
+    assert metrics["remark_change"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_agreement_with_the_exact_value_equals_loops(exact):
@@ -196,12 +207,37 @@ def test_the_agreement_with_the_exact_value_equals_loops(exact):
     error = sum(abs(sum(gaps)) for gaps in bins.values()) / len(points)
     leak = np.mean(changes[1]) / np.mean(changes[2])
     assert metrics["calibration_error"] == pytest.approx(error, abs=1e-9)
-    assert metrics["credit_leak"] == pytest.approx(leak)
+    assert metrics["remark_change"] == pytest.approx(leak)
     correlation = np.corrcoef(*zip(*points))[0, 1]
     assert metrics["correlation"] == pytest.approx(correlation)
 
 
+def test_equal_rewards_have_no_correlation_and_no_warning(exact, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewards = [np.full(len(V), 0.3, np.float32) for V in exact[0]]
+        metrics = evaluate.value_agreement(rewards, *exact)
+    absent = {"correlation", "calibration_error", "remark_change"}
+    assert {key for key, value in metrics.items() if value is None} == absent
+    table = evaluate.table_lines({"val": {"n": 1, "low": 0.0, "high": 1.0, **metrics}})
+    assert table[1][-2:] == ["", ""]
+
+
 # Runs ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_finds_its_dataset_and_generator(inside, tmp_path, monkeypatch):
+    """From another folder, which has another dataset of the same name."""
+    checkpoint = Path("out/run").resolve()
+    monkeypatch.chdir(tmp_path)
+    toy.main(toy.ToyConfig(train=5, test=2, seed=3))
+    evaluate_command(f"--checkpoint={checkpoint}", "--json=x.json")
+    expected = json.loads((checkpoint / "eval.json").read_text())
+    assert json.loads(Path("x.json").read_text())["splits"] == expected["splits"]
+    options = [f"--checkpoint={checkpoint}", "--prompts=2", "--samples=2"]
+    bon.main(parse_settings(bon.BonConfig, options))
+    with pytest.raises(UserError, match=f"no checkpoint at out/run .in {tmp_path}"):
+        evaluate_command("--checkpoint=out/run")
 
 
 def test_evaluating_a_run_again_gives_what_training_reported(inside, tmp_path):

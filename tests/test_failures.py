@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +289,10 @@ def test_a_kill_between_two_moves_leaves_the_finished_run_in_one_place(
         new = Path("out/moves/ckpt.pt")
         is_new = new.exists() and new.read_bytes() != finished["ckpt.pt"]
         assert any(complete) and (complete[1] or not is_new), n_changes
+        if not is_new:  # the next start keeps it, too
+            train.main(small_run("out/moves", seed=7, steps=1))
+            for name, content in finished.items():
+                assert Path("out/moves/previous", name).read_bytes() == content
     assert n_interrupted >= 8
 
 
@@ -358,6 +363,32 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path):
         load_checkpoint(tmp_path, "reward model")
 
 
+def test_the_optimizer_is_not_read_into_memory(tmp_path):
+    """A checkpoint with 128 MiB of optimizer states takes less than a quarter."""
+    checkpoint = {"kind": "policy", "format": common.FORMAT_VERSION}
+    checkpoint["optimizer"] = {"state": torch.zeros(2**25)}
+    checkpoint["model"] = {"weight": torch.ones(8)}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    del checkpoint
+
+    def memory():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    before = memory()
+    checkpoint = load_checkpoint(tmp_path, "policy")
+    assert checkpoint["model"]["weight"].sum() == 8
+    assert memory() - before < 2**25
+
+
+def test_a_checkpoint_that_declares_more_than_it_holds_is_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**7)
+    with pytest.raises(UserError, match="is not a checkpoint, or damaged"):
+        load_checkpoint(path, "policy")
+
+
 def test_evaluating_an_unfinished_run_says_so(inside, capsys):
     settings = small_run("out/half", eval_interval=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -365,7 +396,7 @@ def test_evaluating_an_unfinished_run_says_so(inside, capsys):
         with pytest.raises(KeyboardInterrupt):
             train.main(settings)
     evaluate.load_reward_model("out/half", "cpu")
-    assert "out/half is not finished, step 2 of 12" in capsys.readouterr().out
+    assert "out/half is unfinished (2 of 12 steps)\n" in capsys.readouterr().out
 
 
 def interrupt_at_step(last):
@@ -388,6 +419,8 @@ def test_results_are_the_same_twice(inside, tmp_path):
         best_of_n = json.loads(path.read_text())
         for key in ("settings", "checksum"):  # they hold the output's name
             best_of_n.pop(key)
+        for key in ("evaluation", "checksum"):
+            evaluation.pop(key)
         results.append((evaluation, best_of_n))
     assert results[0] == results[1]
 

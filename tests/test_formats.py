@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from common import UserError
+from data import formats
 from data.formats import (
     parse_candidates,
     parse_pairs,
@@ -149,6 +150,14 @@ def test_a_file_of_another_kind_is_one_clear_error(tmp_path, name, content, mess
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_items(tmp_path / name, parse_pairs))
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_LINE", 1000)
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}\n" + b" " * 10**6))
+    with pytest.raises(UserError, match="line 2 is longer than 1,000 characters"):
+        list(read_items(path, parse_pairs))
 
 
 # Forms of a row -----------------------------------------------------------------------
@@ -414,6 +423,6 @@ def test_a_long_candidate_is_dropped_alone(tmp_path, bpe):
 
 def test_the_last_token_of_every_step_is_known(tmp_path, bpe):
     path = write(tmp_path / "x.jsonl", STEPS)
-    _, (example,), (ends,) = read_steps(path, bpe, 64, True)
+    _, (example,), (ends,), _ = read_steps(path, bpe, 64, True)
     texts = [bpe.decode(example.responses[0][: end + 1]) for end in ends]
     assert texts == [" a\n", " a\nb"]

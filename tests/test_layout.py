@@ -19,7 +19,8 @@ CORE = [
     "data/toy.py",
     "data/toy_words.py",
 ]
-PACKAGES = {"torch", "numpy", "tiktoken", "tiktoken_ext", "tqdm"}
+# tiktoken needs regex, and brings tiktoken_ext.
+PACKAGES = {"torch", "numpy", "tiktoken", "tiktoken_ext", "regex", "tqdm"}
 
 
 def module_level_imports(path):

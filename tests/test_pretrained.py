@@ -7,6 +7,7 @@ Qwen3ForCausalLM in float16. All weights are random with a standard deviation of
 trained with tokenizers 0.23, with the steps of each model.
 """
 
+import dataclasses
 import fnmatch
 import json
 import os
@@ -16,6 +17,7 @@ import types
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
 import torch
 from conftest import small_generator, small_run
@@ -24,8 +26,10 @@ import generator
 import train
 from common import Stopped, UserError, load_checkpoint, read_json
 from data import prepare
+from data.batch import Example
 from data.dataset import open_dataset
 from data.tokenizer import from_dict, make_tokenizer
+from evaluate import load_reward_model, score
 from lab import real
 from model import LanguageModel, ModelConfig
 from pretrained import export, find_folder
@@ -73,7 +77,7 @@ def test_logits_are_those_of_transformers(name):
     stored = json.loads((FOLDERS / name / "logits.json").read_text())
     tokens, positions = torch.tensor(stored["tokens"]), torch.arange(12)[None]
     logits = model.lm_head(model.model(tokens, positions))
-    assert torch.allclose(logits, torch.tensor(stored["logits"]), rtol=0, atol=1e-4)
+    assert torch.allclose(logits, torch.tensor(stored["logits"]), rtol=0, atol=1e-5)
 
 
 def test_config_keys_of_older_versions_mean_the_same(tmp_path):
@@ -258,6 +262,15 @@ def test_a_generator_that_is_not_trained_is_the_pretrained_model(prepared):
     assert checkpoint["model_config"]["vocab_size"] == 380
 
 
+def test_a_random_generator_in_a_pretrained_vocabulary_needs_sizes(prepared):
+    config = generator.GeneratorConfig(dataset="mine", out_dir="out/g", steps=1)
+    with pytest.raises(
+        UserError, match="Start from that model with --init_from=.*base"
+    ):
+        generator.main(config)
+    generator.main(dataclasses.replace(config, n_embd=32, device="cpu"))
+
+
 def test_a_folder_and_a_dataset_that_do_not_fit_are_refused(prepared):
     own_tokenizer = open_dataset("mine").tokenizer
     with pytest.raises(UserError, match="tokenizer is bpe:300, not that of"):
@@ -385,6 +398,49 @@ def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
     prompt = "\n\nSystem: Be brief.\n\nHuman: Hi\nthere\n\nAssistant:"
     tokens = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(" Yes?")
     assert tokenizer.encoding.encode(text, allowed_special="all") == tokens
+
+
+def test_transformers_gives_the_same_reward_as_the_exported_readme_says(
+    base, monkeypatch
+):
+    """With a tokenizer that adds a beginning of text, which must not be doubled."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(base.parent)
+    content = json.loads((TOKENIZERS / "llama3.json").read_text())
+    start = {"id": "<|begin_of_text|>", "type_id": 0}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": start}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {
+            "<|begin_of_text|>": {
+                "id": "<|begin_of_text|>",
+                "ids": [380],
+                "tokens": ["<|begin_of_text|>"],
+            }
+        },
+    }
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    write_pairs("pairs.jsonl")
+    prepare.main(
+        prepare.PrepareConfig("mine", "", "pairs.jsonl", str(base), 64, val_share=0.3)
+    )
+    config = generator.GeneratorConfig("mine", init_from=str(base), steps=0)
+    generator.main(config)
+    run("out/a")
+    export.main(ExportConfig("out/a", "exported"))
+    readme = Path("exported/README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    results = {"FOLDER": "exported"}
+    exec(code, results)
+
+    model, tokenizer, _ = load_reward_model("out/a", "cpu")
+    prompt = tokenizer.encode_prompt("\n\nHuman: Hi!\n\nAssistant:")
+    response = tokenizer.encode_response(" Hello.")
+    assert results["tokens"]["input_ids"][0].tolist() == prompt + response
+    example = Example(np.array(prompt), (np.array(response),))
+    reward = score(model, [example])[0][0][-1]
+    assert results["reward"].item() == pytest.approx(reward, abs=1e-4)
 
 
 # The study on real pairs --------------------------------------------------------------
@@ -566,6 +622,27 @@ def test_tokens_are_those_of_the_library_that_wrote_the_file(tmp_path, name):
     stored = json.loads((TOKENIZERS / "ids.json").read_text())
     for text, ids in zip(stored["texts"], stored["ids"][name]):
         assert tokenizer.encode(text) == ids
+
+
+def test_bytes_that_the_vocabulary_lacks_are_dropped_before_merging(tmp_path):
+    """As in the library that wrote the file. There is no token of `@` and \x04."""
+    content = json.loads((TOKENIZERS / "smollm2.json").read_text())
+    model = content["model"]
+    for missing in ("@", "\u0104"):  # in the alphabet of the vocabulary
+        del model["vocab"][missing]
+    model["merges"] = [m for m in model["merges"] if "@" not in "".join(m)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = read_tokenizer(tmp_path)
+    for text, expected in (
+        ("!@!", ["!!"]),
+        (" the@re", [" the", "re"]),
+        ("@\x04", []),
+        ("a \x04b", ["a", " ", "b"]),
+    ):
+        tokens = []
+        for part in expected:
+            tokens += tokenizer.encode(part)
+        assert tokenizer.encode(text) == tokens, text
 
 
 TURNS = {

@@ -5,9 +5,12 @@ import math
 import random
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from conftest import small_generator
 
 from common import UserError, file_sha256, write_json
 from data import toy
@@ -251,9 +254,13 @@ def test_exact_p_is_aligned_with_a_generators_p(dataset, tmp_path):
 
 
 def test_p_of_other_data_is_refused(dataset, tmp_path):
-    write_exact_p(dataset, tmp_path, "other")
-    with pytest.raises(UserError, match="other data than data/toy-1"):
-        Probs("generator", dataset, tmp_path)
+    small_generator("toy-1", "out/g", steps=2, temperature=0.5)
+    write_exact_p(dataset, Path("out/g"), "other")
+    with pytest.raises(UserError, match="other data than data/toy-1") as error:
+        Probs("generator", dataset, Path("out/g"))
+    command = "python generator.py --dataset=toy-1 --n_layer=1 --n_head=2 --n_embd=32"
+    assert command in str(error.value)
+    assert "--temperature=0.5 --out_dir=out/g" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,10 @@ def test_losses_are_finite_for_extreme_rewards_and_short_responses(inside):
                 loss = loss_reg + loss_bt
                 (gradient,) = torch.autograd.grad(loss, rewards)
                 assert gradient.isfinite().all() and loss.isfinite(), name
+    S = torch.tensor(0.5)
+    for _ in range(10_000):  # p = 0: S falls to its floor
+        loss_reg, S = train.divide_by_running_mean(S * 0, S * 0, S)
+    assert S == pytest.approx(train.MIN_SCALE) and loss_reg == 0
     run("out/bf16", dtype="bfloat16", steps=3)
     for record in read_log("out/bf16"):
         assert np.isfinite(list(record.values())).all()
@@ -281,7 +285,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(inside, step):
         return rewards.sum() * next(factors), None
 
     with mock.patch.dict(train.REGULARIZERS, icrm=poison):
-        with pytest.raises(UserError, match=f"not finite at step {step}"):
+        # The loss at step - 1 is the first that is not finite.
+        with pytest.raises(UserError, match=f"not finite at step {step - 1}"):
             run("out/poisoned")
     assert load_checkpoint("out/poisoned", "reward model")["step"] == 4
 
@@ -337,6 +342,13 @@ def test_evaluation_uses_the_prefix_reward_of_training(labelled):
     model.prefix_reward = "last"
     expected = 0.1 * np.cumsum(score(model, examples)[0][1])
     assert np.allclose(sums, expected, atol=1e-5)
+
+
+def test_epochs_set_the_steps_by_the_size_of_the_data(inside, capsys):
+    run("out/epochs", epochs=1.6, steps=1)
+    output = capsys.readouterr().out
+    assert "12 steps of 8 pairs are 1.6 epochs of 60 pairs" in output
+    assert same_weights("out/epochs", "out/run")
 
 
 def test_the_evaluation_interval_changes_no_weight(inside):
