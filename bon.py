@@ -509,6 +509,7 @@ def print_rows(rows):
 def main(config):
     check_range(config, 1, 10**9, "prompts", "samples", "max_new_tokens")
     check_range(config, 0, 10**9, "seed")
+    check_range(config, 0, 1, "max_bad_fraction")
     lengths = parse_lengths(config.halving_lengths)
     if config.candidates and config.judge:
         raise UserError("--candidates=FILE already holds scores. Leave out --judge")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common import (
     UserError,
+    check_range,
     format_json,
     is_finished,
     load_checkpoint,
@@ -359,6 +360,7 @@ def compare_runs(folders):
 
 
 def main(config):
+    check_range(config, 0, 1, "max_bad_fraction")
     if config.compare:
         runs = compare_runs([name for name in config.compare.split(",") if name])
         save_results(config, {"runs": runs})

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from common import UserError, locate
 from data.batch import Example
 from data.dataset import (
     KEPT_ROW_NOTES,
@@ -608,7 +608,8 @@ def read_lines(path):
                     )
                 yield line.rstrip("\r\n")
     except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{locate(path)} cannot be read ({reason})") from None
 
 
 def decode_row(line):

@@ -338,6 +338,8 @@ def main(config):
     check_range(config, 1, 10**6, "subsample", "block_size")
     if config.name.lower() == "toy":  # some disks do not distinguish case
         raise UserError("'toy' is made by data/toy.py. Choose another --name")
+    if not config.tokenizer:
+        raise UserError("name a tokenizer, such as --tokenizer=gpt2")
     if "/" in config.tokenizer or Path(config.tokenizer).is_dir():
         from pretrained.weights import check_config
 

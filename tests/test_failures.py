@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,6 +25,7 @@ import generator
 import train
 from common import Run, UserError, load_checkpoint, parse_settings, read_json
 from conftest import fork, small_run
+from data import prepare
 from data.dataset import open_array, open_dataset
 from data.formats import read_candidates, read_pairs, read_steps
 from data.tokenizer import make_tokenizer
@@ -121,6 +123,47 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(
         assert content_of(out) == whole
         left = {path.name for path in Path(out).iterdir()}
         assert left - {"previous", "log.jsonl.new"} == names
+
+
+@pytest.mark.slow
+def test_preparing_that_is_killed_at_any_instant_can_start_again(inside, tmp_path):
+    """From a pipe, which is copied. The temporary files lie beside the dataset."""
+    rows = []
+    for i in range(3000):
+        row = {"prompt": f"Question {i}?", "chosen": f"yes {i}", "rejected": "no"}
+        rows.append(json.dumps(row))
+    text = "\n".join(rows)
+
+    def prepare_dataset(name, seconds):
+        """Prepare data/NAME from a pipe. Kill it after some seconds."""
+        Path("pipe").unlink(missing_ok=True)
+        os.mkfifo("pipe")
+        settings = prepare.PrepareConfig(name, "", "pipe", "bpe:400", 64, val_share=0.2)
+        process = start(settings)
+        writer = fork(lambda: Path("pipe").write_text(text))
+        process.join(seconds)
+        process.kill()
+        process.join()
+        writer.kill()
+        return process.exitcode
+
+    def content(name):
+        folder = Path("data", name)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    started = time.time()
+    assert prepare_dataset("whole", 60) == 0
+    seconds, rng = time.time() - started, random.Random(2)
+    files, temporary = content("whole"), set(os.listdir(tempfile.gettempdir()))
+    for _ in range(10):
+        prepare_dataset("cut", rng.uniform(0.1, 1.0) * seconds)
+        if Path("data/cut").exists():
+            for name in set(content("cut")) - set(files):
+                assert name.endswith(".tmp")
+        assert set(os.listdir(tempfile.gettempdir())) <= temporary
+        assert prepare_dataset("cut", 60) == 0
+        assert content("cut") == files
+        shutil.rmtree("data/cut")
 
 
 def test_a_killed_process_blocks_no_other():
