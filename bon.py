@@ -12,6 +12,8 @@ stored in the file. Best-of-n over subsets of the candidates is computed exactly
 --halving_lengths does successive halving: whenever the candidates reach one of these
 lengths, the half with the lower prefix rewards is dropped (related to speculative
 rejection, arXiv 2410.20290). It is compared with best-of-n at the same token budget.
+
+`# task N` and `# end` enclose a solution of the course (exercises/README.md).
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ from model import KVCache
 
 BOOTSTRAP_SAMPLES = 1000
 MAX_CACHE = 2**31  # bytes of keys and values while sampling
-# Most responses in one row of a batch. Attention costs length squared.
+# At most so many responses share a row of a batch. Attention costs length squared.
 RESPONSES_PER_ROW = 8
 
 
@@ -56,7 +58,7 @@ class BonConfig:
     max_new_tokens: int = 256  # longest response. Unfinished ones are left out
     seed: int = 0  # random seed of sampling
     wrap_as_chat: bool = False  # wrap plain prompts as one user message
-    max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
+    max_bad_fraction: float = 0.05  # largest share of rows skipped for one reason
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
@@ -245,9 +247,10 @@ def best_of_n(rewards, gold_scores, n):
 
 def interval_by_prompt(values, prompts, rng):
     """95% bootstrap interval of the mean of values. It resamples whole prompts."""
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    owners = [numbers[prompt] for prompt in prompts]
-    totals, counts = np.bincount(owners, values), np.bincount(owners)  # (prompts,)
+    indices = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    prompt_indices = [indices[prompt] for prompt in prompts]
+    totals = np.bincount(prompt_indices, values)  # (prompts,)
+    counts = np.bincount(prompt_indices)  # (prompts,)
     samples = rng.integers(len(totals), size=(BOOTSTRAP_SAMPLES, len(totals)))
     means = totals[samples].sum(1) / counts[samples].sum(1)  # (BOOTSTRAP_SAMPLES,)
     return np.quantile(means, [0.025, 0.975]).tolist()
@@ -415,9 +418,9 @@ def halving_online(model, generator, dataset, examples, lengths, config, score_g
         winner = finished[0] if finished else complete[0]
         selected.append(Example(prompt, (winner,)))
     gold_scores = [scores[0] for scores in score_gold(selected)]
-    numbers = range(len(examples))
     strategy = "halving while sampling"
-    return summarize("reward model", strategy, gold_scores, tokens, numbers)
+    prompt_indices = range(len(examples))
+    return summarize("reward model", strategy, gold_scores, tokens, prompt_indices)
 
 
 def parse_lengths(text):

@@ -11,6 +11,8 @@ true quality of their responses is known.
 
 --pairs_split=swapped takes the responses of that split instead of sampled ones.
 --generator=OUT_DIR continues with an earlier policy.
+
+`# task N` and `# end` enclose a solution of the course (exercises/README.md).
 """
 
 import dataclasses
@@ -59,7 +61,7 @@ class DPOConfig:
     checkpoint: str = ""  # the reward model that selects the pairs
     generator: str = ""  # reference and start. empty: the reward model's generator
     judge: str = ""  # another reward model, for win rates
-    out_dir: str = ""  # empty: out/dpo-CHECKPOINT-seedSEED
+    out_dir: str = ""  # empty: out/dpo-CHECKPOINT[-GENERATOR][-SPLIT]-seedSEED
     resume: bool = False  # continue from the last checkpoint in out_dir
     beta: float = 0.1  # strength of the implicit KL penalty
     pairs_split: str = ""  # a split whose responses make the pairs. empty: sample them
@@ -143,7 +145,7 @@ def make_pairs(reference, reward_model, tokenizer, examples, config):
 
 
 def sequence_logprobs(model, examples):
-    """log P of every complete response, one array per Example."""
+    """log P of every response, the sum over its tokens. One array per Example."""
     results = []
     with autocast(model.device, "auto"):  # as in training
         for responses in response_logprobs(model, examples):
@@ -174,12 +176,12 @@ def train_policy(config, reference, tokenizer, pairs, reference_logprobs, run):
     print(" step      loss    margin  accuracy  grad_norm")
     steps, history = range(first_step, config.steps), []
     for step in tqdm(steps, "policy", disable=None, leave=False):
-        numbers = schedule[step]
-        batch = collate([pairs[i] for i in numbers]).to(policy.device)
+        indices = schedule[step]
+        batch = collate([pairs[i] for i in indices]).to(policy.device)
         with autocast(policy.device, "auto"):
             logprobs = policy.lm_logprobs(policy.hidden_states(batch), batch)  # (2B, T)
         chosen, rejected = logprobs.sum(1).chunk(2)  # (B,) each
-        reference_chosen, reference_rejected = reference_logprobs[numbers].unbind(1)
+        reference_chosen, reference_rejected = reference_logprobs[indices].unbind(1)
         margins = (chosen - reference_chosen) - (rejected - reference_rejected)
         loss = dpo_loss(margins, config.beta)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Evaluate a reward model: accuracy on pairs, and distance from the exact value.
+"""Evaluate a reward model: accuracy on pairs, and agreement with the exact value.
 
     python evaluate.py --checkpoint=out/toy-icrm-seed0       the splits of its dataset
     python evaluate.py --checkpoint=DIR --data=pairs.jsonl   a file, or a benchmark's
@@ -57,11 +57,11 @@ class EvalConfig:
     checkpoint: str = ""  # a reward model: its folder or ckpt.pt
     data: str = ""  # a JSONL file of pairs. empty: the splits of the model's dataset
     steps: str = ""  # a JSONL file of solutions in steps: find the first wrong step
-    threshold_from: str = ""  # another such file, on which the threshold is chosen
+    threshold_from: str = ""  # another such file, to choose the reward of a wrong step
     compare: str = ""  # evaluated runs to show side by side: DIR,DIR,...
     json: str = ""  # write the results to this file
     wrap_as_chat: bool = False  # wrap plain prompts as one user message
-    max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
+    max_bad_fraction: float = 0.05  # largest share of rows skipped for one reason
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
@@ -123,8 +123,8 @@ def wilson(share, n, z=1.96):
 def effective_sample_size(correct, prompts):
     """The effective sample size of cases that are clustered by prompt.
 
-    It is the variance of one case divided by that of the clustered mean, at most
-    len(correct). If that variance is 0, it is the number of prompts. For example,
+    It is the variance of one case divided by the cluster-robust variance of the mean,
+    at most len(correct). If the latter is 0, it is the number of prompts. For example,
     [1, 1, 0, 0] of two prompts with two cases each is 2.0.
     """
     share, totals = float(np.mean(correct)), defaultdict(float)
@@ -247,7 +247,10 @@ def evaluate_pairs(examples, rewards, prompts=()):
 
 
 def evaluate_split(model, dataset, name):
-    """Evaluate one split. Returns {name: metrics}, for labels also "name pairs"."""
+    """Evaluate one split. Returns {name: metrics}.
+
+    For labelled responses, "NAME pairs" has the metrics of pairs made from them.
+    """
     split = dataset.split(name)
     examples = list(split)
     rewards = score(model, examples)

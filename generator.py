@@ -4,8 +4,11 @@
 
 It is trained on the responses of the training pairs, chosen and rejected, and then
 frozen (section 4 of the paper). Its probability p of every response token is computed
-once and stored: OUT_DIR/p.npy is an array of the same length as the dataset's tokens,
-described by p.json. `python train.py` does this if a dataset has no generator yet.
+once and stored: OUT_DIR/p.npy is an array of the same length as the tokens of the
+training split, 0 on prompts, described by p.json. `python train.py` does this if a
+dataset has no generator yet.
+
+`# task N` and `# end` enclose a solution of the course (exercises/README.md).
 """
 
 import dataclasses
@@ -136,7 +139,7 @@ def train_generator(config, dataset, device):
 def load_generator(folder, device, expected_p=""):
     """Load a finished generator or policy. Return the frozen model and its tokenizer.
 
-    expected_p: the fingerprint of p that a reward model was trained with (Probs)
+    expected_p: Probs.fingerprint of a reward model. p.npy must be the same file still
     """
     checkpoint = load_checkpoint(folder, "generator", "policy")
     if not is_finished(checkpoint):
@@ -202,8 +205,8 @@ def write_p(model, split, folder, metadata):
     def write(temporary):
         writer = ArrayWriter(temporary, "<f4")
         progress = tqdm(range(len(split)), "p", disable=None, leave=False)
-        for numbers in chunks(progress, EXAMPLES_AT_ONCE):
-            examples = [split[i] for i in numbers]
+        for indices in chunks(progress, EXAMPLES_AT_ONCE):
+            examples = [split[i] for i in indices]
             logprobs = response_logprobs(model, examples, temperature, top_p)
             for example, parts in zip(examples, logprobs):
                 writer.append(np.zeros(len(example.prompt)))
@@ -222,7 +225,7 @@ def write_p(model, split, folder, metadata):
 
 
 def read_p_metadata(folder, expected_p=""):
-    """Read p.json. expected_p: the fingerprint of p that it must match, if given."""
+    """Read p.json. expected_p: Probs.fingerprint that it must match, if given."""
     metadata = read_json(Path(folder) / "p.json", "python generator.py")
     if expected_p and metadata["digest"] not in expected_p:
         raise UserError(

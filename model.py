@@ -4,6 +4,10 @@ RMSNorm before each sublayer, rotary positions, grouped-query attention and SwiG
 `qkv_bias` it matches Qwen 2.5, with `qk_norm` Qwen 3. Parameters have Hugging Face's
 names. LanguageModel, the generator, is the transformer and an LM head. RewardModel adds
 a linear score of each token, and its own LM head for L_SFT (GRM, arXiv 2406.10216).
+
+A Batch has B examples. Each is one row of L tokens: the prompt, then its k responses
+(k = 2 for a pair), which do not attend to each other. Tensors of responses have k*B
+rows of T tokens: all chosen responses, then all rejected ones.
 """
 
 import dataclasses
@@ -23,7 +27,7 @@ WEIGHT_DECAY = 0.1  # of matrices. Biases and norms have none
 CLIP_NORM = 1.0  # largest gradient norm
 BETAS = (0.9, 0.95)  # of AdamW
 FINAL_RATE = 0.1  # of the peak learning rate, at the last step
-SUM_SCALE = 0.1  # factor c of the prefix reward `sum`
+SUM_SCALE = 0.1  # the prefix reward `sum` is this times the sum of the token scores
 PREFIX_REWARDS = ("last", "mean", "sum")
 
 
@@ -55,10 +59,15 @@ class ModelConfig:
         }
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
-        if self.n_head % self.n_kv_head or self.head_dim % 2:
+        if self.n_head % self.n_kv_head:
             raise UserError(
-                f"{self.n_head} heads do not divide by {self.n_kv_head} key-value "
-                f"heads, or the {self.head_dim} channels of a head are not even"
+                f"{self.n_head} attention heads are not a multiple of the "
+                f"{self.n_kv_head} key-value heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"a head has {self.head_dim} channels. Rotary positions need an even "
+                "number"
             )
 
 
@@ -219,24 +228,26 @@ class LanguageModel(nn.Module):
         """Batch -> (B, L, C)"""
         return self.model(batch.tokens, batch.positions, attention_mask(batch))
 
-    def states_and_targets(self, hidden, batch, rows=None):
+    def states_and_targets(self, hidden, batch, n_responses=None):
         """Response tokens, and the hidden states that predict them.
 
-        rows: use only the first `rows` responses. None: all k*B (see Batch)
+        n_responses: of the k*B responses, use only so many (B: the chosen ones)
         (B, L, C) -> (M, C), (M,), where M is the number of tokens in these responses
         """
-        mask = batch.mask[:rows]
-        states = gather_responses(hidden, batch.previous_positions[:rows][mask])
-        targets = batch.tokens.flatten()[batch.response_positions[:rows][mask]]
+        mask = batch.mask[:n_responses]
+        previous = batch.previous_positions[:n_responses]
+        states = gather_responses(hidden, previous[mask])
+        positions = batch.response_positions[:n_responses]
+        targets = batch.tokens.flatten()[positions[mask]]
         return states, targets
 
-    def lm_logprobs(self, hidden, batch, rows=None):
+    def lm_logprobs(self, hidden, batch, n_responses=None):
         """log P(token | all before it) of response tokens, in float32.
 
-        rows: use only the first `rows` responses. None: all k*B (see Batch)
-        (B, L, C) -> (rows, T), 0 on padding
+        n_responses: of the k*B responses, use only so many (B: the chosen ones)
+        (B, L, C) -> (n_responses, T), 0 on padding
         """
-        states, targets = self.states_and_targets(hidden, batch, rows)
+        states, targets = self.states_and_targets(hidden, batch, n_responses)
         size = max(1, MAX_LOGITS // self.config.vocab_size)
         if len(states) <= size:
             logprobs = self.token_logprobs(states, targets)
@@ -247,7 +258,7 @@ class LanguageModel(nn.Module):
                     checkpoint(self.token_logprobs, *part, use_reentrant=False)
                 )
             logprobs = torch.cat(parts)
-        mask = batch.mask[:rows]
+        mask = batch.mask[:n_responses]
         padded = torch.zeros(mask.shape, device=mask.device)
         return padded.masked_scatter(mask, logprobs)
 
@@ -285,7 +296,8 @@ class RewardModel(LanguageModel):
 
     def prefix_rewards(self, hidden, batch):
         """The rewards of all prefixes. (B, L, C) -> (k*B, T) in float32"""
-        # A sum of products instead of a matrix product: that would use TF32 on a GPU.
+        # Elementwise product and sum, in float32. A matrix product would use TF32 or
+        # bfloat16 on a GPU.
         scores = (hidden.float() * self.score.weight[0]).sum(-1)  # (B, L)
         scores = gather_responses(scores, batch.response_positions)  # (k*B, T)
         return prefix_rewards_from_scores(scores, batch.mask, self.prefix_reward)

@@ -5,14 +5,14 @@
 Read the reward of a prefix as the probability that the finished response is good. The
 law of total probability (the paper's Eq. 3) relates it to the rewards one token later:
 
-    r(y_1:m) = sum over next tokens y' of P(y' | x, y_1:m) r(y_1:m, y')
+    r(y_1:t) = sum over next tokens y' of P(y' | x, y_1:t) r(y_1:t, y')
 
-1. The gap bound. Let p be the probability of the observed next token. Take that token
+1. The gap bound. Let p_t be the probability of the observed next token. Take that token
 out of the sum:
 
-    r_m          = p r_{m+1} + (1 - p) E[r | a token other than the observed one]
-    r_m - r_{m+1}  = (1 - p) (E[r | a token other than the observed one] - r_{m+1})
-    |r_m - r_{m+1}| <= 1 - p      for rewards in [0, 1]
+    r_t           = p_t r_{t+1} + (1 - p_t) E[r | a token other than the observed one]
+    r_t - r_{t+1} = (1 - p_t) (E[r | a token other than the observed one] - r_{t+1})
+    |r_t - r_{t+1}| <= 1 - p_t      for rewards in [0, 1]
 
 So a predictable token cannot change the reward much. Eq. 3 says nothing about the
 direction of the change. The paper's loss (`icrm`) is motivated by the bound, but it
@@ -22,8 +22,9 @@ does not follow from it.
 
     2 p_t l_t = - p_t { sg[z_{t+1}] log z_t + sg[z_t] log z_{t+1} }
 
-where z_t is the value of the prefix that ends at token t (Eq. 4) and sg stops the
-gradient. Collect the coefficient of each log z_t, with n transitions:
+where z_t is the predicted probability of the response's own label, good if chosen and
+bad if rejected, after token t (Eq. 4), and sg stops the gradient. Collect the
+coefficient of each log z_t, with n transitions:
 
     L_reg S = (1/n) sum over tokens of w_t (-log z_t)
     w_t     = sg[p_{t-1} z_{t-1} + p_t z_{t+1}]
@@ -37,11 +38,13 @@ A regularizer is a function f(rewards, probs, mask) -> (penalty, scale):
 
     rewards  (2B, T) prefix rewards: B chosen responses, then the B rejected ones
     probs    (2B, T-1) p_t: probability of response token t+1 given all before it
-    mask     (2B, T) True on response tokens. A row is empty if a pair has one response
+    mask     (2B, T) True on response tokens. An example with a single labelled response
+             has one row without any
     penalty  () the training loop divides it by a running mean of scale
     scale    () or None: then the penalty is used as it is
 
-To add your own, write such a function and list it in REGULARIZERS.
+To add your own, write such a function and list it in REGULARIZERS. The comments
+`# task N` and `# end` enclose solutions of the course (exercises/README.md).
 """
 
 import torch
@@ -55,8 +58,9 @@ TD_LAMBDA = 0.9  # how far td_lambda looks ahead
 
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is True, and 0 where no entry is. Masked entries may be NaN.
+    """Mean of the entries of x where mask is True, or 0 if there are none.
 
+    Other entries may be NaN.
     x, mask: the same shape. dim: the dimension to average over (None: all)
     """
     # task 1
@@ -66,7 +70,7 @@ def masked_mean(x, mask, dim=None):
 
 
 def value_logits(rewards, mask):
-    """The logit of z_t, the value of the prefix that ends at token t (Eq. 4).
+    """The logit of z_t, the predicted probability of the response's label (Eq. 4).
 
     chosen    z_t =     sigma(r_t - sg[mean reward over the rejected response])
     rejected  z_t = 1 - sigma(r_t - sg[mean reward over the chosen response])

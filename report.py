@@ -3,14 +3,15 @@
     python report.py --checkpoint=out/toy-icrm-seed0
     python report.py --checkpoint=out/toy-none-seed0,out/toy-icrm-seed0 --svg=X.svg
 
-The page (report.html beside the checkpoint) has the accuracies, the calibration,
-best-of-n and halving curves, and the most confident right and wrong pairs of val. Each
-token is coloured by the change in reward.
+The page (report.html beside the checkpoint) has the accuracies, the calibration of the
+ranking, and the most confident right and wrong pairs of val. Each token is coloured by
+the change in reward. On the toy world, it also has the calibration of z, and curves of
+best-of-n and halving.
 
 The picture shows one response of the toy world along its tokens: the exact value V, and
-the values z that a baseline and a second model predict. The response is selected by a
-rule. Over the chosen responses of val, the gain is the mean |z - V| of the baseline
-minus that of the second model. The response with the median gain is shown.
+the values z that a baseline and a second model predict. The gain of a response is the
+mean |z - V| over its prefixes by the baseline minus that by the second model. Of the
+chosen responses of val, the one with the median gain is drawn.
 """
 
 import html
@@ -30,15 +31,15 @@ from bon import (
     sample_candidates,
 )
 from data.dataset import open_dataset
-from data.toy import QUALITY_OF
+from data.toy import KINDS, QUALITY_OF
 from evaluate import evaluate_run, load_reward_model, score, sigmoid, table_lines
 from generator import load_generator, read_p_metadata, response_logprobs
 
 # Where halving drops candidates, as shares of their mean length: three schedules.
 HALVING_SHARES = ((0.12, 0.22, 0.32), (0.24, 0.4, 0.56), (0.38, 0.6, 0.82))
-CONTROL = {
-    code: "\ufffd" for code in [*range(32), 0xFFFE, 0xFFFF]
-}  # not allowed in XML
+CONTROL = {}  # characters that XML does not allow, and visible line ends
+for code in (*range(9), *range(11, 32), 0xFFFE, 0xFFFF):
+    CONTROL[code] = "\ufffd"
 CONTROL[ord("\n")] = "\u21b5\n"
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/>
@@ -53,9 +54,9 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 EXPLANATION = """z = sigma(r - mean reward of all prefixes) is the predicted value of a
-prefix. Charts show z along a response (dashed: the exact value, on the toy world).
-Below, each token is coloured by the change of the reward. Orange raised it and blue
-lowered it, relative to the largest change in the response."""
+prefix. The charts of the pairs show z along a response (dashed: the exact value, on the
+toy world). Below them, each token is coloured by the change of the reward. Orange
+raised it and blue lowered it, relative to the largest change in the response."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ def escape(text):
 
 
 class Axes:
-    """Maps data to pixels. Low and high ends of both axes, and the size in pixels."""
+    """Maps data to pixels.
+
+    x_range, y_range: (low, high) in data units. width, height, margins: in pixels. The
+    margins are left, right, top and bottom
+    """
 
     def __init__(self, x_range, y_range, width, height, margins):
         self.x_range, self.y_range = x_range, y_range
@@ -148,26 +153,26 @@ def figure(drawing, caption):
 def calibration_figure(bins, low, x_name, y_name, caption):
     """Bins of evaluate.calibration, and the diagonal of perfect calibration."""
     xs, ys = [row["predicted"] for row in bins], [row["actual"] for row in bins]
-    lines = [("exact", (low, 1), (low, 1)), ("model", xs, ys)]
-    axes = ticks(low, 1, 6, ".1f"), ticks(0, 1, 6, ".1f")
-    return figure(chart(lines, *axes, x_name, y_name), caption)
+    lines = [("dashed", (low, 1), (low, 1)), ("model", xs, ys)]
+    x_ticks, y_ticks = ticks(low, 1, 6, ".1f"), ticks(0, 1, 6, ".1f")
+    return figure(chart(lines, x_ticks, y_ticks, x_name, y_name), caption)
 
 
 def best_of_n_figure(rows):
     """rows: of bon.best_of_n_curve"""
-    xs, lines, golds = [np.log2(row["n"]) for row in rows], [], []
+    xs, lines, qualities = [np.log2(row["n"]) for row in rows], [], []
     for css_class, key in (
         ("thin", "low"),
         ("thin", "high"),
-        ("exact", "oracle"),
-        ("exact", "random"),
+        ("dashed", "oracle"),
+        ("dashed", "random"),
         ("model", "reward_model"),
     ):
         ys = [row[key] for row in rows]
         lines.append((css_class, xs, ys))
-        golds += ys
+        qualities += ys
     x_ticks = [(x, str(row["n"])) for x, row in zip(xs, rows)]
-    y_ticks = ticks(min(golds), max(golds), 5, ".2f")
+    y_ticks = ticks(min(qualities), max(qualities), 5, ".2f")
     return figure(
         chart(lines, x_ticks, y_ticks, "n", "true quality"),
         "Best-of-n: true quality of the selected response, with a 95% interval. "
@@ -178,28 +183,28 @@ def best_of_n_figure(rows):
 def halving_figure(rewards, gold_scores, exact):
     """Halving at three token budgets. rewards, exact: of every prefix."""
     lengths = [len(prefixes) for candidates in rewards for prefixes in candidates]
-    points = {}  # (judge, strategy) -> [(tokens, gold), ...]
+    points = {}  # (selector, strategy) -> [(tokens, true quality), ...]
     for shares in HALVING_SHARES:
         stops = sorted({max(1, round(share * np.mean(lengths))) for share in shares})
         numbers = range(len(gold_scores))
         for row in compare_strategies(rewards, gold_scores, numbers, stops, exact):
-            own = points.setdefault((row["selector"], row["strategy"]), [])
-            own.append((row["tokens"], row["gold"]))
-    lines, golds = [], []
+            curve = points.setdefault((row["selector"], row["strategy"]), [])
+            curve.append((row["tokens"], row["gold"]))
+    lines, qualities = [], []
     everything = points["reward model", "best of all"][:1]
-    for css_class, judge, strategy in (
-        ("exact", "reward model", "best-of-n, same tokens"),
+    for css_class, selector, strategy in (
+        ("dashed", "reward model", "best-of-n, same tokens"),
         ("thin", "exact value", "halving"),
         ("model", "reward model", "halving"),
     ):
-        own = points[judge, strategy]
-        if judge == "reward model":
-            own = own + everything
-        xs, ys = zip(*own)
+        curve = points[selector, strategy]
+        if selector == "reward model":
+            curve = curve + everything
+        xs, ys = zip(*curve)
         lines.append((css_class, xs, ys))
-        golds += ys
+        qualities += ys
     x_ticks = ticks(0, everything[0][0], 5, ".0f")
-    y_ticks = ticks(min(golds), max(golds), 5, ".2f")
+    y_ticks = ticks(min(qualities), max(qualities), 5, ".2f")
     return figure(
         chart(lines, x_ticks, y_ticks, "tokens per prompt", "true quality"),
         "Successive halving: true quality of the selected response against the tokens "
@@ -229,12 +234,13 @@ def split_figures(metrics, device, model, checkpoint, dataset):
             0.5,
             "confidence",
             "accuracy",
-            "Calibration of the ranking. Confidence is sigma of the difference of two "
-            f"rewards. Mean gap to the dashed line: {reliability['ece']:.3f}.",
+            "Calibration of the ranking. Confidence is sigma of the absolute "
+            "difference of two rewards. "
+            f"Mean gap to the dashed line: {reliability['ece']:.3f}.",
         )
     ]
-    if dataset.kind == "toy":
-        error = metrics["calibration_error"]
+    error = metrics.get("calibration_error")
+    if error is not None:
         figures.append(
             calibration_figure(
                 metrics["value_bins"],
@@ -244,6 +250,7 @@ def split_figures(metrics, device, model, checkpoint, dataset):
                 f"Calibration of z. Mean gap to the dashed line: {error:.3f}.",
             )
         )
+    if dataset.kind == "toy":
         config = BonConfig(prompts=50, device=device)
         generator, _, score_gold = open_generator(dataset.tokenizer, checkpoint, config)
         examples = sample_candidates(generator, dataset, config)
@@ -263,25 +270,25 @@ def response_figure(name, texts, rewards, mean_reward, values, p):
 
     values: exact values, or None. p: the generator's probability of every token
     """
-    z, numbers = sigmoid(rewards - mean_reward), np.arange(1, len(rewards) + 1)
-    lines = [("model", numbers, z)]
+    z, tokens = sigmoid(rewards - mean_reward), np.arange(1, len(rewards) + 1)
+    lines = [("model", tokens, z)]
     if values is not None:
-        lines.append(("exact", numbers, values))
+        lines.append(("dashed", tokens, values))
     x_ticks = [(1, "1"), (len(rewards), str(len(rewards)))]
     drawing = chart(lines, x_ticks, ticks(0, 1, 3, ".1f"), "token", "z", 140)
-    changes, tokens = np.diff(rewards, prepend=rewards[0]), []
+    changes, spans = np.diff(rewards, prepend=rewards[0]), []
     largest = np.abs(changes).max() or 1.0
+    texts = [*texts[:-1], texts[-1] or "\u23ce"]  # end-of-text
     for text, change, p_of_token in zip(texts, changes, p):
         direction = "up" if change > 0 else "down"
         strength = round(100 * abs(change) / largest)
-        shown = escape(text) or "\u23ce"  # end-of-text
-        tokens.append(
+        spans.append(
             f'<span class="{direction}" style="--strength: {strength}%" '
-            f'title="change {change:+.2f}, p {p_of_token:.2f}">{shown}</span>'
+            f'title="change {change:+.2f}, p {p_of_token:.2f}">{escape(text)}</span>'
         )
     return (
         f"<figure><b>{name}: reward {rewards[-1]:+.2f}</b>{drawing}"
-        f'<p class="tokens">{"".join(tokens)}</p></figure>'
+        f'<p class="tokens">{"".join(spans)}</p></figure>'
     )
 
 
@@ -317,8 +324,16 @@ def write_page(config):
         parts = []
         for side, name in enumerate(("chosen", "rejected")):
             texts = dataset.tokenizer.token_texts(examples[i].responses[side])
-            own = texts, rewards[i][side], all_rewards.mean(), values[side]
-            parts.append(response_figure(name, *own, np.exp(logprobs[side])))
+            parts.append(
+                response_figure(
+                    name,
+                    texts,
+                    rewards[i][side],
+                    all_rewards.mean(),
+                    values[side],
+                    np.exp(logprobs[side]),
+                )
+            )
         prompt = escape(dataset.tokenizer.decode(examples[i].prompt)[-600:].strip())
         return (
             f'<details open=""><summary>pair {i}: reward difference {margins[i]:+.2f}'
@@ -391,7 +406,7 @@ def predicted_values(model, examples):
 def find_evidence(texts, kinds):
     """The evidence in a response: [(first token, last token, quality), ...]."""
     evidence = []
-    for start in np.flatnonzero(kinds == 2):
+    for start in np.flatnonzero(kinds == KINDS["evidence"]):
         end = start
         while "," not in texts[end]:
             end += 1

@@ -10,9 +10,9 @@ from the generator's weights, and evaluates it on every split. Writes OUT_DIR/ck
 log.jsonl and eval.json. Every start trains from scratch, unless --resume=True. The last
 finished run is kept in OUT_DIR/previous.
 
-Objective:  L = L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's "GRM"
-baseline has lambda = 0. Plain Bradley-Terry also has --lm_weight=0. If responses are
-labelled correct or incorrect, L_BT is binary cross-entropy (the paper's mathematics
+Objective:  L = lm_weight L_SFT + lambda L_reg + (1 - lambda) L_BT. The released code's
+"GRM" baseline has lambda = 0. Plain Bradley-Terry also has --lm_weight=0. If responses
+are labelled correct or incorrect, L_BT is binary cross-entropy (the paper's mathematics
 runs).
 """
 
@@ -66,7 +66,7 @@ from regularizer import REGULARIZERS, last_tokens
 LM_GRADIENT_SCALE = 1e-3  # share of L_SFT's gradient that reaches the transformer (GRM)
 SCALE_MOMENTUM = 0.95  # of the running mean S
 MIN_SCALE = 1e-6  # of S, which would vanish if p is 0 everywhere
-INITIAL_SCALE = 0.5  # of S: about the mean weight of an untrained model
+INITIAL_SCALE = 0.5  # of S. An untrained model's mean weight is the mean p
 WARMUP_SHARE = 0.25  # of all steps
 LOG_COLUMNS = {
     "bt": "bt",
@@ -165,11 +165,11 @@ def train(config, dataset, probs, device):
     # With disable=None, tqdm shows a bar only in a terminal.
     disable = None if is_main_process() else True
     for step in tqdm(steps, "reward model", disable=disable, leave=False):
-        numbers = schedule[step]
-        p, mask = collate_probs([probs[i] for i in numbers])
+        indices = schedule[step]
+        p, mask = collate_probs([probs[i] for i in indices])
         p, mask = p.to(device), mask.to(device)  # (2B, T-1), (2B, T)
-        # With several processes, each one reads its share of the pairs.
-        batch = collate([split[i] for i in numbers[rank::world_size]]).to(device)
+        # With several processes, each one reads its share of the B pairs.
+        batch = collate([split[i] for i in indices[rank::world_size]]).to(device)
 
         with autocast(device, config.dtype):
             hidden = model.hidden_states(batch)  # (B, L, C)
@@ -223,7 +223,7 @@ def lm_loss(model, hidden, batch, mask, lm_weight):
     chosen_mask, _ = mask.chunk(2)  # (B, T)
     n_responses = chosen_mask.any(1).sum().clamp(min=1)
     hidden = scale_gradient(hidden, LM_GRADIENT_SCALE)
-    logprobs = model.lm_logprobs(hidden, batch, rows=n_pairs)  # (B, T)
+    logprobs = model.lm_logprobs(hidden, batch, n_responses=n_pairs)  # (B, T)
     return length_normalized_nll(logprobs, batch.mask[:n_pairs], n_responses)
 
 
@@ -264,8 +264,8 @@ def log(run, step, rate, metrics, val_metrics):
 # Several processes (torchrun) ---------------------------------------------------------
 #
 # Each process reads its share of the pairs and receives the rewards of the others
-# without gradient. All compute the same loss. The sum of their gradients is the
-# gradient of one process that reads the whole batch.
+# without gradient. All compute the same L_BT and L_reg, and L_SFT of their own share.
+# The sum of their gradients is the gradient of one process that reads the whole batch.
 
 
 def process_rank():
@@ -304,7 +304,7 @@ def gather_rewards(rewards, mask):
     shares = [torch.empty_like(rewards) for _ in range(process_count())]
     dist.all_gather(shares, rewards.detach())
     shares[process_rank()] = rewards
-    # Row i of process k is pair i * size + k. Chosen rows stay before rejected ones.
+    # Row i of rank r is row i * process_count() + r of the whole batch.
     return torch.stack(shares, 1).flatten(0, 1)  # (2B, T)
 
 

@@ -1,4 +1,4 @@
-"""Public benchmarks of reward models, run by evaluate.py.
+"""Evaluations beyond the splits of pairs, run by evaluate.py.
 
 evaluate_file.py  a file of pairs (`evaluate.py --data=FILE`)
 rewardbench.py    the section scores of RewardBench

@@ -39,7 +39,7 @@ def evaluate_file(model, tokenizer, config, trained_on_chat):
     for name in sorted(wins):
         try:
             results.setdefault("rm_bench", {})[name] = rm_bench(wins[name])
-        except ValueError as error:  # all pairs of a cell were skipped
+        except ValueError as error:  # all pairs of two styles were skipped
             print(f"no RM-Bench scores for {name}: {error}")
     results["pairs"] = []
     for item, (chosen, rejected) in zip(items, rewards):
@@ -51,7 +51,10 @@ def evaluate_file(model, tokenizer, config, trained_on_chat):
 
 
 def group_by_subset(items, examples, rewards):
-    """The arguments of evaluate_pairs, and RM-Bench's wins, of every subset."""
+    """The arguments of evaluate_pairs, and RM-Bench's wins, of every subset.
+
+    item.cell is the styles of an RM-Bench pair (chosen, rejected). Others have none.
+    """
     by_subset = defaultdict(lambda: ([], [], []))
     wins = defaultdict(lambda: defaultdict(list))
     for item, example, (chosen, rejected) in zip(items, examples, rewards):

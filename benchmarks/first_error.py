@@ -35,28 +35,31 @@ def first_error_scores(rewards, first_errors, threshold):
     f1                their harmonic mean
     An accuracy without solutions, and then also f1, is None.
     """
-    wrong, correct = [], []
+    hits_on_wrong, hits_on_correct = [], []
     for steps, first_error in zip(rewards, first_errors):
-        is_right = first_below(steps, threshold) == first_error
-        group = wrong if first_error >= 0 else correct
-        group.append(is_right)
-    error_accuracy = float(np.mean(wrong)) if wrong else None
-    correct_accuracy = float(np.mean(correct)) if correct else None
+        is_hit = first_below(steps, threshold) == first_error
+        hits = hits_on_wrong if first_error >= 0 else hits_on_correct
+        hits.append(is_hit)
+    error_accuracy = float(np.mean(hits_on_wrong)) if hits_on_wrong else None
+    correct_accuracy = float(np.mean(hits_on_correct)) if hits_on_correct else None
     f1 = None
-    if wrong and correct:
+    if hits_on_wrong and hits_on_correct:
         f1 = float(harmonic_mean([error_accuracy, correct_accuracy]))
     return {
         "error_accuracy": error_accuracy,
         "correct_accuracy": correct_accuracy,
         "f1": f1,
-        "n_wrong": len(wrong),
-        "n_correct": len(correct),
+        "n_wrong": len(hits_on_wrong),
+        "n_correct": len(hits_on_correct),
         "threshold": threshold,
     }
 
 
 def best_threshold(rewards, first_errors):
-    """The threshold with the highest F1, of midpoints between step rewards."""
+    """The threshold with the highest F1, of midpoints between step rewards.
+
+    At most MAX_THRESHOLDS are tried, evenly spaced in their order.
+    """
     values = np.unique(np.concatenate([np.asarray(r, dtype=float) for r in rewards]))
     thresholds = values
     if len(values) > 1:
@@ -103,12 +106,12 @@ def evaluate_steps(model, tokenizer, config, trained_on_chat):
     subsets = sorted({item.subset for item in items if item.subset})
     results = {}
     for name in ("(all)", *subsets):
-        own_rewards, own_errors = [], []
+        subset_rewards, subset_errors = [], []
         for item, step_rewards in zip(items, rewards):
             if name in ("(all)", item.subset):
-                own_rewards.append(step_rewards)
-                own_errors.append(item.first_error)
-        results[name] = first_error_scores(own_rewards, own_errors, threshold)
+                subset_rewards.append(step_rewards)
+                subset_errors.append(item.first_error)
+        results[name] = first_error_scores(subset_rewards, subset_errors, threshold)
     lines = [["subset", *(column.replace("_", " ") for column in COLUMNS)]]
     for name, scores in results.items():
         lines.append([name, *(format_cell(scores[column]) for column in COLUMNS)])

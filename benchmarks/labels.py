@@ -21,8 +21,10 @@ def evaluate_labels(name, examples, rewards):
 
 
 def label_metrics(examples, rewards):
-    """Examples with one labelled response (first if correct, else second) -> metrics.
+    """Examples with one labelled response -> metrics.
 
+    A correct response is the first of its Example, an incorrect one the second. The
+    other one is an empty array.
     A correct response should have a reward above 0, an incorrect one below 0. auc:
     probability that a correct response has a higher reward than an incorrect one
     (ties count half).
@@ -32,7 +34,7 @@ def label_metrics(examples, rewards):
     signed = np.where(is_correct, final, -final)
     prompts = [example.prompt.tobytes() for example in examples]
     metrics = accuracy_with_interval(signed > 0, signed == 0, prompts)
-    metrics["correct"] = int(is_correct.sum())
+    metrics["n_correct"] = int(is_correct.sum())
     correct, incorrect = final[is_correct], np.sort(final[~is_correct])
     if len(correct) and len(incorrect):
         below = np.searchsorted(incorrect, correct, "left").mean()
@@ -44,6 +46,7 @@ def label_metrics(examples, rewards):
 def labels_to_pairs(examples, rewards):
     """Pair every correct response with every incorrect one of the same prompt.
 
+    Pairs with the same tokens are left out.
     Returns Examples with two responses, and their rewards.
     """
     by_prompt = defaultdict(lambda: ([], []))

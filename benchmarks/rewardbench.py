@@ -1,8 +1,8 @@
 """RewardBench v1: section scores (Lambert et al., arXiv 2403.13787).
 
 The weights are those of rewardbench/constants.py: a subset's number of prompts, except
-math-prm (984 instead of 447).
-RewardBench's "prior sets" are left out.
+math-prm (984 instead of 447). Some versions of that file swap the numbers of the two
+XSTest subsets. RewardBench's "prior sets" are left out.
 """
 
 SECTIONS = {

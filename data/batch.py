@@ -17,7 +17,7 @@ MAX_TOKENS = 2**14 if torch.cuda.is_available() else 2**11
 
 class Example(NamedTuple):
     prompt: np.ndarray  # (P,) token ids, at least one
-    responses: tuple  # arrays of token ids, end-of-text last (an empty one is missing)
+    responses: tuple  # arrays of token ids. An empty array is a missing response
 
     @property
     def length(self):

@@ -182,7 +182,8 @@ def open_dataset(name, checkpoint=None):
     dataset = Dataset(folder, read_json(folder / "dataset.json", command))
     if checkpoint and checkpoint["inputs"]["data"] != dataset.fingerprint:
         raise UserError(
-            f"{folder} was prepared again after the model was trained. Train again"
+            f"the training split in {folder} is not the one that the model was trained "
+            "on. Train again"
         )
     return dataset
 

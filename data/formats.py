@@ -127,9 +127,9 @@ def parse_pairs(row, wrap_as_chat=False):
     """A row -> a list of one pair, or of nine pairs for RM-Bench's lists of three."""
     check_not_tied(row)
     prompt, chosen, rejected = read_prompt(row), row.get("chosen"), row.get("rejected")
-    subset, note = read_name(row, "subset"), ""
+    subset, note = read_text(row, "subset"), ""
     if is_list_of(str, chosen) and is_list_of(str, rejected):
-        domain = read_name(row, "domain") or read_name(row.get("meta"), "domain")
+        domain = read_text(row, "domain") or read_text(row.get("meta"), "domain")
         if not domain or len(chosen) != len(rejected):
             raise BadRow(
                 "lists of texts that are not RM-Bench's (equally many chosen and "
@@ -149,7 +149,7 @@ def parse_pairs(row, wrap_as_chat=False):
             check_response("rejected", texts[2])
             if texts[1] == texts[2]:
                 raise BadRow("chosen and rejected are the same")
-            item = Item(texts[0], texts[1:], id=read_name(row, "id"), subset=subset)
+            item = Item(texts[0], texts[1:], id=read_text(row, "id"), subset=subset)
             cell = (i, j) if len(chosen) > 1 else ()
             pairs.append(item._replace(cell=cell, note=note))
     return pairs
@@ -184,7 +184,7 @@ def parse_candidates(row, wrap_as_chat=False):
             "a response without 'correct' or 'label' (true, false or a finite number)"
         )
     answers, note = (
-        [read_name(response, "answer").strip() for response in responses],
+        [read_text(response, "answer").strip() for response in responses],
         "",
     )
     if not all(answers):
@@ -211,7 +211,7 @@ def parse_steps(row, wrap_as_chat=False):
     for step in steps:
         end += len(step) + 1
         ends.append(end)
-    subset = read_name(row, "subset")
+    subset = read_text(row, "subset")
     item = Item(prompt, (response,), ends=tuple(ends), first_error=first_error)
     return [item._replace(subset=subset)]
 
@@ -312,7 +312,7 @@ def split_shared_prompt(prompt, chosen, rejected):
 
 
 def split_shared_messages(prompt, chosen, rejected):
-    """The same for lists of messages. The last message is always the response."""
+    """split_shared_prompt for messages. The last one is never part of the prompt."""
     cut, most = 0, min(len(chosen), len(rejected)) - 1
     while cut < most and chosen[cut] == rejected[cut]:
         cut += 1
@@ -465,7 +465,7 @@ def read_response(response):
 # Checks -------------------------------------------------------------------------------
 
 
-def read_name(row, key):
+def read_text(row, key):
     """An optional entry as text, '' if it is missing."""
     value = row.get(key) if isinstance(row, dict) else None
     return "" if value is None else str(value)

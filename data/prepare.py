@@ -54,13 +54,13 @@ class PrepareConfig:
     name: str = ""  # a folder under data/. empty: the name of the source
     source: str = ""  # a published collection, a key of SOURCES. empty: your own file
     input: str = ""  # a JSONL file (also .gz, or a pipe). empty: download the source
-    tokenizer: str = "gpt2"  # gpt2, bpe:SIZE (trained on the data), or a model's folder
+    tokenizer: str = "gpt2"  # gpt2, bpe:SIZE, or a model's folder or owner/model
     block_size: int = 1024  # maximum tokens of a prompt plus its longer response
-    val_share: float = 0.0  # of prompts to hold out. 0: the source's default (0.1)
-    subsample: int = 0  # keep every N-th row. 0: the source's default (1)
+    val_share: float = 0.0  # share of prompts to hold out. 0: the source's, or 0.1
+    subsample: int = 0  # keep every N-th row. 0: the source's value, or 1
     wrap_as_chat: bool = False  # wrap plain prompts as one user message
-    threshold: float = -math.inf  # labels >= this are correct. -inf: the larger of two
-    max_bad_fraction: float = 0.05  # of rows that may be skipped for one reason
+    threshold: float = -math.inf  # labels >= this are correct. -inf: the larger label
+    max_bad_fraction: float = 0.05  # largest share of rows skipped for one reason
 
 
 # Published collections: a raw row -> a row that data/formats.py reads -----------------
@@ -111,7 +111,7 @@ class Source(NamedTuple):
 
 SOURCES = {
     "hh_rlhf": Source("Anthropic/hh-rlhf", {"data_dir": "harmless-base"}),
-    # Every 20th row is the paper's 40K, --subsample=2 its 400K.
+    # Every 20th row gives the paper's 40K pairs, --subsample=2 its 400K.
     "unified_feedback": Source(
         "llm-blender/Unified-Feedback", {"name": "all"}, convert_unified, 0.02, 20
     ),
@@ -280,7 +280,7 @@ def prepare(config, source, path):
             if split == "train":
                 yield from filter(None, texts)
 
-    tokenizer = make_tokenizer(config.tokenizer, train_texts())  # gpt2 reads none
+    tokenizer = make_tokenizer(config.tokenizer, train_texts())  # only bpe reads them
     maker = RowMaker(kind, config.val_share, labels)
 
     def check():

@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers, run by tiktoken: GPT-2's, or one trained on the dataset.
 
-A tokenizer is saved as a dictionary inside its dataset and inside every checkpoint. A
-special token's name that occurs in data is encoded as plain text. Tokenizers of
-pretrained models are in pretrained/tokenizer.py.
+A tokenizer is saved as a dictionary inside its dataset and inside every checkpoint. If
+data contains the name of a special token, such as <|endoftext|>, it is encoded as plain
+text. Tokenizers of pretrained models are in pretrained/tokenizer.py.
 """
 
 import base64
@@ -28,9 +28,9 @@ from common import UserError, sha256_of
 def split_pattern():
     """The regular expression that splits text into words before merging.
 
-    Words are contractions, letters with their marks and the space before them, digits,
-    other signs, and white space. All characters are listed, so that Python's re (in
-    training) and tiktoken split alike.
+    A word is the end of a contraction ('s, 'll), or a run of letters and their marks,
+    of digits or of other signs, with one space before it, or white space. All
+    characters are listed, so that Python's re (in training) and tiktoken split alike.
     """
     letters = character_ranges(("L", "M"), extra="\u200c\u200d")
     digits, space = character_ranges(("Nd",)), r"\s\x1c-\x1f"
@@ -257,9 +257,10 @@ def train_bpe(texts, size):
 
 
 def flatten_words(frequency):
-    """All distinct words as one array of token ids, and the frequency of their words.
+    """All distinct words, one after another, as one array of token ids.
 
-    -1 stands before the first word and after every word.
+    Also returns, for each id, the frequency of its word. -1 stands before the first
+    word and after every word.
     """
     words = [b"\0"]
     words += [word.encode("utf-8", "replace") + b"\0" for word in frequency]

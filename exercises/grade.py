@@ -52,7 +52,8 @@ def grade(folder):
             print(f"   {reasons[number]}")
     if folder == ROOT and (reasons[1] or reasons[2]):
         print(
-            "In your own copy, tasks 3, 4 and 7 use tasks 1 and 2. Solve those first."
+            "In your own copy, task 2 uses task 1, and tasks 3, 4 and 7 use both. "
+            "Solve those first."
         )
     total = sum(points.values())
     print(f"{folder}: {total} of {possible}\n")

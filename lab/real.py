@@ -1,4 +1,4 @@
-"""The study on real preference pairs: a pretrained model, HH-RLHF and four benchmarks.
+"""The study on real preference pairs: a pretrained model, HH-RLHF and three benchmarks.
 
     python lab/real.py --results=out/real.jsonl --name=harmless --pairs=A \\
         --rm_bench=B --candidates=C --steps=D    run what is missing there
@@ -29,9 +29,9 @@ from data.formats import read_candidates, read_pairs, read_steps
 from evaluate import load_reward_model, score
 from lab.intervals import mean_and_half_width
 from lab.runs import (
-    EDITION,
+    VERSION,
     append_record,
-    check_edition,
+    check_version,
     markdown_table,
     read_records,
     run_command,
@@ -67,18 +67,18 @@ class RealConfig:
 
 
 class Arm(NamedTuple):
-    """One way to train a reward model, or another judge of the same cases."""
+    """One way to train a reward model, or a reference on the same cases."""
 
     prefix_reward: str = "last"
     regularizer: str = "none"
     reg_weight: float = 0.5
     p_source: str = "generator"
-    generator: str = "pretrained"  # or scratch: from random weights (version 2)
+    generator: str = "pretrained"  # scratch (random weights): only in old records
 
 
 LENGTH = Arm("", "length", 0.0, "", "")
 RANDOM = Arm("", "random", 0.0, "", "")
-JUDGES = [LENGTH, RANDOM]
+REFERENCES = [LENGTH, RANDOM]
 BASELINE, SCRATCH = Arm("last"), Arm("last", generator="scratch")
 ARMS = []
 for prefix_reward in ("last", "sum", "mean"):
@@ -98,11 +98,12 @@ for prefix_reward in ("last", "sum", "mean"):
 class Benchmarks:
     """The cases that every run is measured on.
 
-    A method that measures returns one small whole number per case (COLUMNS).
+    The outcome of a case is a whole number from 0 to the maximum in COLUMNS.
     """
 
     def __init__(self, config, dataset):
-        arguments = dataset.tokenizer, dataset.block_size, True
+        wrap_as_chat = True
+        arguments = dataset.tokenizer, dataset.block_size, wrap_as_chat
         self.pairs = list(dataset.split("val"))
         self.rm_bench, self.rm_bench_pairs, _ = read_pairs(config.rm_bench, *arguments)
         items, examples, _ = read_candidates(config.candidates, *arguments)
@@ -129,7 +130,7 @@ class Benchmarks:
             chosen_style, rejected_style = item.cell
             won = int(chosen[-1] > rejected[-1])
             wins[item.prompt] += won
-            if chosen_style < rejected_style:
+            if chosen_style < rejected_style:  # 0 is the plainest style, 2 the richest
                 hard_wins[item.prompt] += won
         best, halving = [], []
         for rewards, correct in zip(compute_rewards(self.candidates), self.correct):
@@ -191,13 +192,13 @@ class Benchmarks:
         return best_threshold(solutions, errors)
 
 
-def judge_rewards(judge, seed, examples):
+def reference_rewards(reference, seed, examples):
     """The rewards of LENGTH (the number of tokens) or RANDOM."""
     rng, results = np.random.default_rng(seed), []
     for example in examples:
         rewards = []
         for response in example.responses:
-            if judge == RANDOM:
+            if reference == RANDOM:
                 rewards.append(rng.random(len(response)))
             else:
                 rewards.append(np.arange(len(response)))
@@ -244,7 +245,7 @@ def run_arm(config, benchmarks, arm, seed):
 
 def make_record(config, arm, seed, settings, results):
     return {
-        "edition": EDITION,
+        "version": VERSION,
         "pairs": config.name,
         "seed": seed,
         **arm._asdict(),
@@ -254,7 +255,7 @@ def make_record(config, arm, seed, settings, results):
 
 
 def find_jobs(config, records):
-    """[(arm, seed), ...] without a record. Judges are not among them."""
+    """[(arm, seed), ...] without a record. References are not among them."""
     results, jobs = index_records(records, config.name), []
     settings = training_settings(config)
     for arm in ARMS:
@@ -273,15 +274,15 @@ def find_jobs(config, records):
 def run_study(config):
     path = Path(config.results)
     records = read_records(path)
-    check_edition(path, records)
+    check_version(path, records)
     prepare(config)
     benchmarks = Benchmarks(config, open_dataset(config.name))
     results = index_records(records, config.name)
-    for judge in JUDGES:
+    for arm in REFERENCES:
         for seed in SEEDS:
-            if (judge, seed) not in results:
-                measured = benchmarks.evaluate(partial(judge_rewards, judge, seed))
-                append_record(path, make_record(config, judge, seed, {}, measured))
+            if (arm, seed) not in results:
+                measured = benchmarks.evaluate(partial(reference_rewards, arm, seed))
+                append_record(path, make_record(config, arm, seed, {}, measured))
     jobs = find_jobs(config, records)
     run_jobs(partial(run_arm, config, benchmarks), jobs, path, config.workers)
 
@@ -289,11 +290,11 @@ def run_study(config):
 # Tables -------------------------------------------------------------------------------
 
 INTRODUCTION = """A cell is the mean over three seeds. In parentheses is a difference,
-with half of its 95% interval over cases, and then over seeds. A case is the mean of its
-seeds. A regularizer is compared with `none` and its prefix reward. All other rows are
-compared with the first one. The judge `length` prefers the longer response, and
-`random` has random rewards. Start: the pretrained model, or random weights (scratch,
-one seed, all blocks trained).
+with the half-widths of its 95% intervals over cases and over seeds. Over cases,
+outcomes are averaged over seeds first. A regularizer is compared with `none` at the
+same prefix reward. Other rows with three seeds are compared with the first one.
+`length` prefers the longer response, and `random` has random rewards. Start: the
+pretrained model, or random weights (scratch, one seed, all blocks trained).
 """
 COLUMNS = {  # key of a record -> highest number of a case, column, explanation
     "held_out": (1, "held out", "accuracy on pairs of other prompts"),
@@ -354,17 +355,15 @@ def read_cases(results, arm, column):
 
 
 def format_cell(results, arm, base, column):
-    """The mean, and its difference to the base with two halves of a 95% interval.
+    """The mean, and its difference from the base with two 95% intervals (half-widths).
 
-    The first one is over cases (each one the mean of its seeds), the second one over
-    seeds.
+    The first one is over cases, with outcomes averaged over seeds. The second one is
+    over seeds.
     """
     if column == "f1":
         return format_f1(results, arm)
-    cases, base_cases = (
-        read_cases(results, arm, column),
-        read_cases(results, base, column),
-    )
+    cases = read_cases(results, arm, column)  # (seeds, cases)
+    base_cases = read_cases(results, base, column)
     mean = f"{cases.mean():.3f}"
     if arm == base or len(cases) < 2 or len(cases) != len(base_cases):
         return mean
@@ -395,7 +394,7 @@ def format_table(records, pairs, columns):
     header = ["pairs", "prefix reward", "regularizer", "λ", "p", "start"]
     header += [COLUMNS[column][1] for column in columns]
     results, rows = index_records(records, pairs), []
-    for arm in [*ARMS, SCRATCH, *JUDGES]:
+    for arm in [*ARMS, SCRATCH, *REFERENCES]:
         n_seeds = sum((arm, seed) in results for seed in SEEDS)
         if n_seeds < (1 if arm == SCRATCH else len(SEEDS)):
             continue

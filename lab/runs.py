@@ -10,7 +10,7 @@ from common import ROOT, UserError
 import torch
 from tqdm import tqdm
 
-EDITION = 3  # of this project. It is written into every record
+VERSION = 3  # of the project, stored in every record
 running = []  # processes that this one has started
 
 
@@ -64,7 +64,7 @@ def append_record(path, record):
 
 
 def read_records(path):
-    """The records of a file, one JSON object per line. None if there is no file."""
+    """The records of a file, one JSON object per line. An empty list without a file."""
     if not path.exists():
         return []
     records = []
@@ -77,12 +77,12 @@ def read_records(path):
     return records
 
 
-def check_edition(path, records):
-    """Raise a UserError if records are of another edition than new runs would be."""
+def check_version(path, records):
+    """Raise a UserError if records are of another version than new runs would be."""
     for record in records:
-        if record["edition"] != EDITION:
+        if record["version"] != VERSION:
             raise UserError(
-                f"{path} has runs of edition {record['edition']}, which are not mixed "
+                f"{path} has runs of version {record['version']}, which are not mixed "
                 "with new ones. Name another file with --results=FILE"
             )
 

@@ -5,17 +5,19 @@
     python lab/speed.py --device=cuda --n_layer=12 --n_head=12 --n_embd=768 \\
         --vocab_size=50257
 
-1. The padded step reads a row for every response, which begins with the prompt. So it
-   reads prompts twice. Its batches are random. The generator runs in every step.
+1. The padded step has one row per response, prompt and response, so each prompt is
+   computed twice. Its batches are random. The generator runs in every step.
 2. The same, but p is stored.
 3. train.py's step reads one row per pair, in batches of similar length. p is stored.
 
-All three compute logits for chosen responses only.
+In all three, the reward model's LM head sees chosen responses only. The generator of
+step 1 computes the logits of both.
 
 Lengths are those of 512 real pairs (lab/lengths.json). Tokens are random, which does
-not change the speed. Relative times compare steps of the same turn, because the speed
-of a machine varies. "Of peak" is the useful work per second, relative to a large matrix
-product in the same turn. In useful work every distinct token counts once.
+not change the speed. A turn is one pass over the 512 pairs. Relative times compare
+steps of the same turn, because the speed of a machine varies. "Of peak" is the useful
+work per second, relative to a large matrix product in the same turn. Useful work counts
+every prompt once, and no padding.
 """
 
 import json
@@ -61,20 +63,20 @@ class SpeedConfig:
     vocab_size: int = 4096  # tokens in the vocabulary
     pairs: int = 16  # pairs per batch
     padded_batches: int = 4  # random batches that the padded steps read per turn
-    turns: int = 3  # in a turn, train.py's step reads all pairs once
+    turns: int = 3  # passes over all pairs
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer
 
 
-def random_pairs(lengths, numbers, config, seed):
+def random_pairs(lengths, indices, config, seed):
     """Random tokens with the lengths of these pairs.
 
     Returns Examples, and random p of both responses of each.
     """
     rng = np.random.default_rng(seed)
     examples, probs = [], []
-    for i in numbers:
+    for i in indices:
         parts = [rng.integers(config.vocab_size, size=length) for length in lengths[i]]
         examples.append(Example(parts[0], tuple(parts[1:])))
         probs.append([rng.random(len(part), np.float32) for part in parts[1:]])
@@ -122,7 +124,7 @@ class Benchmark:
             rewards = self.model.prefix_rewards(hidden, batch)  # (2B, T)
             n_pairs = len(examples)
             hidden = scale_gradient(hidden, LM_GRADIENT_SCALE)
-            logprobs = self.model.lm_logprobs(hidden, batch, rows=n_pairs)
+            logprobs = self.model.lm_logprobs(hidden, batch, n_responses=n_pairs)
             loss_lm = length_normalized_nll(logprobs, batch.mask[:n_pairs])
         loss_bt, _ = bradley_terry(rewards, batch.mask)
         penalty, scale = icrm(rewards, p, batch.mask)
@@ -135,7 +137,7 @@ class Benchmark:
 def useful_work(examples, model):
     """Floating-point operations that a training step cannot avoid.
 
-    Forward and backward pass of the blocks on every distinct token, of attention on
+    Forward and backward pass of the blocks on every token of the pairs, of attention on
     what the token sees, and of the LM head on the chosen responses.
     """
     config, n_tokens, n_visible, n_chosen = model.config, 0, 0, 0
@@ -202,14 +204,14 @@ def measure_turn(benchmark, lengths, turn):
 
 
 def add_step(benchmark, name, lengths, batch, totals):
-    """Run a step on these pairs, and add its numbers to totals[name]."""
+    """Run a step on these pairs, and add its measurements to totals[name]."""
     examples, probs = random_pairs(lengths, batch, benchmark.config, seed=0)
     arguments = name, examples, probs
     seconds = measure_seconds(benchmark.device, benchmark.step, *arguments)
     n_tokens = sum(example.length for example in examples)
     work = useful_work(examples, benchmark.model)
-    own = np.array([len(examples), n_tokens, work, seconds])
-    totals[name] = totals.get(name, 0) + own
+    measured = np.array([len(examples), n_tokens, work, seconds])
+    totals[name] = totals.get(name, 0) + measured
 
 
 def measure_steps(benchmark, lengths):

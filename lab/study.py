@@ -3,7 +3,7 @@
     python lab/study.py --results=out/study.jsonl    run what is missing there
     python lab/study.py --tables=True                print the tables of stored runs
 
-A seed is a new dataset, generator, training run and set of candidates. All arms meet
+A seed is a new dataset, generator, training run and set of candidates. All arms use
 the same seeds, and differences are paired by seed. An arm is trained by `python
 train.py` with the defaults of all other settings. A finished run is one line of the
 results and is not repeated. lab/study.jsonl holds runs of version 2.
@@ -34,8 +34,8 @@ from evaluate import load_reward_model
 from generator import load_generator
 from lab.intervals import mean_and_half_width, sign_flip_p
 from lab.runs import (
-    EDITION,
-    check_edition,
+    VERSION,
+    check_version,
     markdown_table,
     read_records,
     run_command,
@@ -65,7 +65,7 @@ class StudyConfig:
 
 
 class Arm(NamedTuple):
-    """One way to train a reward model, or another judge of the same candidates."""
+    """One way to train a reward model, or a reference that ranks the candidates."""
 
     regularizer: str = "none"
     prefix_reward: str = "last"
@@ -75,7 +75,7 @@ class Arm(NamedTuple):
 NONE, ICRM, ICRM_SUM = Arm("none"), Arm("icrm"), Arm("icrm", "sum")
 NONE_MEAN, NONE_SUM = Arm("none", "mean"), Arm("none", "sum")
 EXACT_VALUE, RANDOM = Arm("exact value", "", ""), Arm("random candidate", "", "")
-JUDGES = [EXACT_VALUE, RANDOM]
+REFERENCES = [EXACT_VALUE, RANDOM]
 REGULARIZERS = ("icrm", "dense_bt", "icrm_gap_bound", "reward_smoothness", "td_lambda")
 LAST = [Arm(name) for name in REGULARIZERS]
 MEAN = [Arm(name, "mean") for name in REGULARIZERS]
@@ -83,11 +83,11 @@ SUM = [Arm(name, "sum") for name in REGULARIZERS]
 FACTORIAL = [NONE, NONE_MEAN, NONE_SUM, *LAST, *MEAN, *SUM]
 OTHER_P = ("uniform", "shuffled", "exact")
 ICRM_P = [Arm("icrm", "last", p) for p in OTHER_P]
-P_SOURCES = [NONE]
+P_SOURCE_ARMS = [NONE]
 for name in USES_P:
-    P_SOURCES += [Arm(name), *(Arm(name, "last", p) for p in OTHER_P)]
+    P_SOURCE_ARMS += [Arm(name), *(Arm(name, "last", p) for p in OTHER_P)]
 POLICIES = [NONE, ICRM, NONE_SUM, ICRM_SUM]
-REGIME = [NONE, ICRM, NONE_SUM, *JUDGES]
+REGIME_ARMS = [NONE, ICRM, NONE_SUM, *REFERENCES]
 SUMMARY = [NONE, *LAST, Arm("icrm", "last", "uniform"), NONE_MEAN, NONE_SUM, ICRM_SUM]
 
 
@@ -96,13 +96,13 @@ class Condition(NamedTuple):
 
     data: dict = {}
     generator: dict = {}
-    arms: list = REGIME
+    arms: list = REGIME_ARMS
     seeds: range = FEW_SEEDS
 
 
 WORLDS = {
-    "sum": Condition(arms=[*JUDGES, *FACTORIAL, *P_SOURCES], seeds=SEEDS),
-    "veto": Condition({"reward_rule": "veto"}, {}, [*JUDGES, *FACTORIAL], SEEDS),
+    "sum": Condition(arms=[*REFERENCES, *FACTORIAL, *P_SOURCE_ARMS], seeds=SEEDS),
+    "veto": Condition({"reward_rule": "veto"}, {}, [*REFERENCES, *FACTORIAL], SEEDS),
     "default": Condition(),
     "125 pairs": Condition({"train": 125}),
     "2,000 pairs": Condition({"train": 2000}),
@@ -113,7 +113,7 @@ WORLDS = {
     "width 128": Condition(generator={"n_embd": 128}),
     "poor generator": Condition(generator={"steps": 100}),
 }
-REGIMES = [world for world in WORLDS if world not in ("sum", "veto")]
+REGIME_WORLDS = [world for world in WORLDS if world not in ("sum", "veto")]
 
 
 # Runs ---------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def measure_search(rewards, qualities):
 
     rewards: for each prompt, the prefix rewards of every candidate
     qualities: for each prompt, the true quality of every candidate
-    halving_gain: what judging partial responses adds to best-of-64
+    halving_gain: quality by halving (38% of the tokens) minus quality by best-of-64
     tokens_38: share of all tokens that this halving generates
     """
     values = defaultdict(list)
@@ -205,7 +205,7 @@ def run_seed(world, seed, arms):
         else:
             with_policies = world == "sum" and arm in POLICIES and seed in POLICY_SEEDS
             metrics = measure_arm(arm, seed, names, examples, qualities, with_policies)
-        record = {"edition": EDITION, "world": world, "seed": seed, **arm._asdict()}
+        record = {"version": VERSION, "world": world, "seed": seed, **arm._asdict()}
         for key, value in metrics.items():
             record[key] = round(value, 4)
         yield record
@@ -229,11 +229,13 @@ def find_jobs(records):
 
 # Tables -------------------------------------------------------------------------------
 
-INTRODUCTION = """A cell is the mean over seeds. In parentheses is its difference to the
-first row of the table, with half of its 95% interval. Differences are paired by seed. A
-bold one is significant in an exact sign-flip test, after Bonferroni correction over all
-{comparisons} differences of these tables. Regularizers that ignore p have none in their
-row. Version of the project that the runs are from: {editions}.
+INTRODUCTION = """A cell is the mean over seeds. In parentheses is its difference from
+the table's first row of the same world, over the seeds that both have, with the
+half-width of its 95% interval. Differences are paired by seed. A bold one is
+significant in an exact sign-flip test, after Bonferroni correction over all
+{comparisons} differences of these tables. The column p is empty for regularizers that
+ignore p. The worlds `sum` and `default` are both the default toy world, with different
+seeds. Version of the project that the runs are from: {versions}.
 """
 COLUMNS = {  # key of a record -> column, explanation
     "val": ("val", "accuracy on val, which has the training distribution"),
@@ -247,7 +249,7 @@ COLUMNS = {  # key of a record -> column, explanation
     ),
     "remark_change": (
         "remarks / evidence",
-        "mean reward change at remarks, divided by that at evidence",
+        "mean absolute reward change at remarks, divided by that at evidence",
     ),
     "best_of_16": ("best of 16", "true quality of the selected response, best-of-16"),
     "best_of_64": ("best of 64", "the same, best of all 64 candidates"),
@@ -257,17 +259,20 @@ COLUMNS = {  # key of a record -> column, explanation
     ),
     "halving_25": (
         "halving, 25%",
-        "successive halving that generates 26% of all tokens",
+        "successive halving that generates about 26% of all tokens",
     ),
     "halving_38": (
         "halving, 38%",
-        "successive halving that generates 38% of all tokens",
+        "the same with 38% (late evidence: 46%)",
     ),
     "halving_50": (
         "halving, 50%",
-        "successive halving that generates 51% of all tokens",
+        "the same with 51% (late evidence: 63%)",
     ),
-    "halving_gain": ("38% minus 64", "halving, 38% minus best of 64"),
+    "halving_gain": (
+        "halving 38% - best of 64",
+        "difference of the two columns of that name",
+    ),
     "policy_quality_sampled": (
         "quality, sampled",
         "true quality of a DPO policy's responses, from pairs of sampled responses",
@@ -287,7 +292,7 @@ POLICY += ["policy_quality_swapped", "policy_kl_swapped"]
 
 
 class Table(NamedTuple):
-    """Differences are to the first arm."""
+    """Differences are from the first arm."""
 
     title: str
     worlds: list
@@ -296,18 +301,18 @@ class Table(NamedTuple):
 
 
 TABLES = [
-    Table("Summary", ["sum"], [*SUMMARY, *JUDGES], BRIEF),
+    Table("Summary", ["sum"], [*SUMMARY, *REFERENCES], BRIEF),
     Table("Regularizers and prefix rewards", ["sum"], FACTORIAL, ACCURACY),
-    Table("Sources of p", ["sum"], P_SOURCES, ACCURACY),
-    Table("Search", ["sum"], [*FACTORIAL, *JUDGES], [*SELECTED, "halving_gain"]),
-    Table("Search by source of p", ["sum"], P_SOURCES, SELECTED),
-    Table("Compared with icrm", ["sum"], [*LAST, *ICRM_P, *JUDGES], COMPARED),
-    Table("Compared with the mean", ["sum"], [NONE_MEAN, *MEAN, *JUDGES], COMPARED),
-    Table("Compared with the sum", ["sum"], [NONE_SUM, *SUM, *JUDGES], COMPARED),
+    Table("Sources of p", ["sum"], P_SOURCE_ARMS, ACCURACY),
+    Table("Search", ["sum"], [*FACTORIAL, *REFERENCES], [*SELECTED, "halving_gain"]),
+    Table("Search by source of p", ["sum"], P_SOURCE_ARMS, SELECTED),
+    Table("Compared with icrm", ["sum"], [*LAST, *ICRM_P, *REFERENCES], COMPARED),
+    Table("Compared with the mean", ["sum"], [NONE_MEAN, *MEAN, *REFERENCES], COMPARED),
+    Table("Compared with the sum", ["sum"], [NONE_SUM, *SUM, *REFERENCES], COMPARED),
     Table("Veto: accuracy", ["veto"], FACTORIAL, ACCURACY),
-    Table("Veto: search", ["veto"], [*FACTORIAL, *JUDGES], SELECTED),
+    Table("Veto: search", ["veto"], [*FACTORIAL, *REFERENCES], SELECTED),
     Table("Policies", ["sum"], POLICIES, POLICY),
-    Table("Regimes", REGIMES, REGIME, BRIEF),
+    Table("Regimes", REGIME_WORLDS, REGIME_ARMS, BRIEF),
 ]
 
 
@@ -332,7 +337,7 @@ def index_records(records):
 
 
 def format_cell(results, world, arm, base, column):
-    """The mean, and its difference to the base with half of its 95% interval.
+    """The mean, and its difference from the base with half of its 95% interval.
 
     A difference is bold if it is significant after Bonferroni's correction.
     """
@@ -377,9 +382,9 @@ def format_table(results, table):
 def format_tables(records):
     """All tables, as Markdown, with an explanation of the columns."""
     results = index_records(records)
-    editions = sorted({str(record["edition"]) for record in records})
+    versions = sorted({str(record["version"]) for record in records})
     introduction = INTRODUCTION.format(
-        comparisons=count_comparisons(), editions=", ".join(editions)
+        comparisons=count_comparisons(), versions=", ".join(versions)
     )
     lines = ["## The study on the toy world", "", introduction]
     lines += markdown_table(["column", "meaning"], list(COLUMNS.values()))
@@ -395,7 +400,7 @@ def main(config):
     path = Path(config.results)
     if not config.tables:
         records = read_records(path)
-        check_edition(path, records)
+        check_version(path, records)
         with lock("out/study"):
             run_jobs(run_seed, find_jobs(records), path, config.workers)
     print(format_tables(read_records(path)))

@@ -4,8 +4,9 @@
     tokenizer.py  tokenizer.json -> a tokenizer with the model's chat format
     export.py     a trained reward model -> a folder that transformers opens
 
-The models are Llama, Qwen 2.5 and Qwen 3. Whatever a folder asks for and this project
-does not implement is an error that names it. No file is executed.
+The models are Llama, Qwen 2.5 and Qwen 3. A key of config.json or tokenizer.json that
+changes the model, and is not implemented, is an error that names it. No file is
+executed.
 """
 
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from common import UserError
 
-MADE_BY = "save_pretrained of transformers"  # the files in such a folder
+MADE_BY = "save_pretrained of transformers"  # for error messages about missing files
 TOKENIZER_FILES = (
     "config.json",
     "tokenizer.json",

@@ -1,9 +1,10 @@
 """The tokenizer.json of a pretrained model -> a Tokenizer, run by tiktoken.
 
-Byte-level BPE as in SmolLM2, Qwen 2.5, Qwen 3 and Llama 3. Anything else that a file
-asks for is an error that names it. Unlike in transformers, the name of a special token
-in data is plain text. An added token that is not special, such as <think>, is read as
-that token, as in transformers.
+Byte-level BPE as in SmolLM2, Qwen 2.5, Qwen 3 and Llama 3. Another model, normalizer,
+pre_tokenizer or kind of added token is an error that names it. The folder's own chat
+template and post_processor are not used (ChatFormat). Unlike in transformers, the name
+of a special token in data is plain text. An added token that is not special, such as
+<think>, is read as that token, as in transformers.
 """
 
 import re
@@ -23,7 +24,7 @@ class ChatFormat(NamedTuple):
     """How a model writes conversations: special tokens, and text between them."""
 
     start: tuple  # before the first turn
-    header: tuple  # before the text of a turn, which continues its last part
+    header: tuple  # before the text of a turn. The text is appended to the last part
     end: tuple  # after the text of a turn. The first part ends a response
 
 
@@ -48,7 +49,8 @@ class PretrainedTokenizer(Tokenizer):
 
     Arguments as for Tokenizer, and:
     chat_format: a key of CHAT_FORMATS. Empty: prompts stay as they are in the data
-    text_tokens: the added tokens that are not special, such as <think>
+    special: {name: token id} of all added tokens
+    text_tokens: those of them that are not special, such as <think>
     """
 
     is_pretrained = True
@@ -99,10 +101,10 @@ class PretrainedTokenizer(Tokenizer):
         """Merge neighbours as byte-pair encoding does, the smallest token first."""
         while True:
             merged = [a + b for a, b in zip(parts, parts[1:])]
-            known = [part for part in merged if part in self.ranks]
-            if not known:
+            tokens = [part for part in merged if part in self.ranks]
+            if not tokens:
                 return parts
-            i = merged.index(min(known, key=self.ranks.get))
+            i = merged.index(min(tokens, key=self.ranks.get))
             parts = [*parts[:i], merged[i], *parts[i + 2 :]]
 
     def encode_prompt(self, text):
@@ -136,7 +138,7 @@ class PretrainedTokenizer(Tokenizer):
         return super().encode_response(text)
 
     def truncate_prompt(self, tokens, room):
-        """The newest tokens of a prompt, after those that start every prompt."""
+        """Truncate on the left, but keep the tokens that start every prompt."""
         if len(tokens) <= room:
             return tokens
         start = self.chat_format.start if self.chat_format else ()
@@ -174,7 +176,8 @@ def split_steps(pattern):
     return [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
 
 
-# Values of the model's options that are implemented, besides absent, null and False.
+# Options of the entry `model` of tokenizer.json, and their values that are implemented
+# besides absent, null and False.
 # ignore_merges: a piece in the vocabulary is one token. tiktoken always does so.
 MODEL_OPTIONS = {"type": ("BPE",), "ignore_merges": (True,)}
 
@@ -200,7 +203,7 @@ def convert(tokenizer_name, content):
         if key in ("vocab", "merges") or not value:
             continue
         if value not in MODEL_OPTIONS.get(key, ()):
-            raise UserError(f"{key} {value!r:.60} of the model is not implemented")
+            raise UserError(f"model.{key} {value!r:.60} is not implemented")
     normalizer = content.get("normalizer")
     if normalizer not in (None, {"type": "NFC"}):
         raise UserError(f"normalizer {normalizer!r:.200} is not implemented")
@@ -218,7 +221,7 @@ def convert(tokenizer_name, content):
     for token in content["added_tokens"]:
         name = token["content"]
         if token.get("special", True) and name not in reserved:
-            continue  # neither data nor a chat format contains it
+            continue  # in data its name is plain text, and no chat format uses it
         for key in flags:
             if token.get(key):
                 raise UserError(f"{key} of the added token {name!r} is not implemented")
@@ -258,10 +261,11 @@ def read_pattern(pre_tokenizer):
 
 
 def detect_chat_format(added):
-    """The name of the chat format, the token that ends a response, all its tokens.
+    """Recognize the chat format by its end token.
 
-    added: {name: id} of the added tokens. A model that has the end token of a chat
-        format has that chat format
+    added: {name: id} of the added tokens
+    Returns the name of the chat format or '', the token that ends a response, and all
+    special tokens that the format uses.
     """
     for name, chat_format in CHAT_FORMATS.items():
         end = chat_format.end[0]
@@ -275,11 +279,16 @@ def detect_chat_format(added):
     for end in PLAIN_ENDS:
         if end in added:
             return "", end, [end]
-    raise UserError(f"none of the added tokens {list(added)!s:.99} ends a response")
+    ends = [chat_format.end[0] for chat_format in CHAT_FORMATS.values()]
+    ends += PLAIN_ENDS
+    raise UserError(
+        f"no known end of a response ({', '.join(ends)}) is among the added tokens "
+        f"{list(added)!s:.99}"
+    )
 
 
 def byte_alphabet():
-    """The character that stands for each byte in vocabularies (GPT-2's) -> the byte."""
+    """{character: byte}, the inverse of GPT-2's bytes_to_unicode."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in printable}
     unprintable = [byte for byte in range(256) if byte not in printable]
@@ -291,7 +300,8 @@ def byte_alphabet():
 def check_merges(merges, vocabulary, ranks):
     """Check that tiktoken merges in the order of the file.
 
-    tiktoken always makes the token with the smallest id.
+    tiktoken merges the pair of neighbours whose merged token has the smallest id. That
+    is the order of the file only if its merges are sorted by id.
     """
     merged = []
     for pair in merges:

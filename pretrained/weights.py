@@ -43,7 +43,7 @@ SIZES = {  # field of ModelConfig: key of config.json
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
-OPTIONAL_SIZES = ("n_kv_head", "head_dim")  # ModelConfig has the same defaults
+OPTIONAL_SIZES = ("n_kv_head", "head_dim")  # by default n_head, and n_embd / n_head
 
 
 def check_config(name):
@@ -126,7 +126,7 @@ def read_folder(name, tokenizer=None, block_size=0):
     """Read a folder's sizes and weights.
 
     tokenizer, block_size: a dataset's, if any. The tokenizer must be the folder's own.
-        Rows of the vocabulary that it cannot produce are left out
+        Rows of the embedding and the LM head beyond its largest id are left out
     Returns {field of ModelConfig: value}, {name: float32 tensor}.
     """
     folder = find_folder(name, weights=True)
@@ -134,15 +134,15 @@ def read_folder(name, tokenizer=None, block_size=0):
     context, vocab_size = sizes["block_size"], sizes["vocab_size"]
     if block_size > context:
         raise UserError(
-            f"{folder} reads {context} tokens, the dataset's rows have up to "
-            f"{block_size}. Prepare it with --block_size={context}"
+            f"{folder} has a context of {context} tokens, and the dataset's rows have "
+            f"up to {block_size}. Prepare the dataset with --block_size={context}"
         )
     sizes["block_size"] = block_size or context
     if tokenizer is not None:
         if read_tokenizer(folder).fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f"the dataset's tokenizer is {tokenizer.name}, not that of {name}. "
-                f"Prepare it with --tokenizer={name}"
+                f"Prepare the dataset with --tokenizer={name}"
             )
         if tokenizer.vocab_size > vocab_size:
             raise UserError(

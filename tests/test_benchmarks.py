@@ -98,7 +98,7 @@ def test_labelled_responses_are_scored_as_loops_do():
             higher.append(1.0 if a > b else 0.5 if a == b else 0.0)
     metrics = label_metrics(examples, rewards)
     assert metrics["accuracy"] == pytest.approx(np.mean(correct))
-    assert metrics["correct"] == labels.sum()
+    assert metrics["n_correct"] == labels.sum()
     assert metrics["ties"] == (final == 0).sum() > 0
     assert metrics["auc"] == pytest.approx(np.mean(higher))
 

@@ -302,7 +302,7 @@ def test_a_json_file_that_is_missing_damaged_or_edited_says_how_to_make_it(tmp_p
         read_json(path, "generator.py")
 
 
-def test_a_file_of_another_edition_is_refused(tmp_path, monkeypatch):
+def test_a_file_of_another_version_is_refused(tmp_path, monkeypatch):
     write_json(tmp_path / "x.json", {"a": 1})
     monkeypatch.setattr(common, "FORMAT_VERSION", 3)
     with pytest.raises(UserError, match="another version"):

@@ -272,7 +272,9 @@ def test_data_that_were_prepared_again_are_refused(inside, tmp_path, command):
     checkpoint = load_checkpoint("out/run", "reward model")
     checkpoint["inputs"]["data"] = "other data"
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="data/toy was prepared again after the model"):
+    with pytest.raises(
+        UserError, match="the training split in data/toy is not the one"
+    ):
         command(str(tmp_path / "ckpt.pt"))
 
 

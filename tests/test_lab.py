@@ -26,7 +26,7 @@ REAL_RECORDS = runs.read_records(ROOT / "lab" / "real.jsonl")
 
 
 def make_record(arm, seed, world="sum", **metrics):
-    return {"edition": 3, "world": world, "seed": seed, **arm._asdict(), **metrics}
+    return {"version": 3, "world": world, "seed": seed, **arm._asdict(), **metrics}
 
 
 # Commands and records -----------------------------------------------------------------
@@ -71,10 +71,10 @@ def test_every_record_is_appended_as_soon_as_it_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("module", [study, real])
-def test_runs_of_two_editions_are_not_mixed(module):
+def test_runs_of_two_versions_are_not_mixed(module):
     config_class = module.StudyConfig if module is study else module.RealConfig
     config = config_class(results=str(ROOT / "lab" / f"{module.__name__[4:]}.jsonl"))
-    with pytest.raises(UserError, match="edition 2.*--results=FILE"):
+    with pytest.raises(UserError, match="version 2.*--results=FILE"):
         module.main(config)
 
 
@@ -109,7 +109,7 @@ def test_arms_exist_and_are_distinct():
         for world in table.worlds:
             assert set(table.arms) <= set(study.WORLDS[world].arms), table.title
     for condition in study.WORLDS.values():
-        for arm in set(condition.arms) - set(study.JUDGES):
+        for arm in set(condition.arms) - set(study.REFERENCES):
             assert arm.regularizer in REGULARIZERS
             assert arm.prefix_reward in PREFIX_REWARDS
             assert arm.p_source in P_SOURCES
@@ -127,11 +127,11 @@ def test_settings_of_every_world_are_understood():
 
 def test_only_missing_arms_are_run():
     records = []
-    for arm in [*study.JUDGES, *study.FACTORIAL]:
+    for arm in [*study.REFERENCES, *study.FACTORIAL]:
         records.append(make_record(arm, 300))
     jobs = study.find_jobs(records)
     assert jobs[0][:2] == ("sum", 300)
-    assert set(jobs[0][2]) == set(study.P_SOURCES) - set(study.FACTORIAL)
+    assert set(jobs[0][2]) == set(study.P_SOURCE_ARMS) - set(study.FACTORIAL)
     assert jobs[1][:2] == ("sum", 301) and len(jobs[1][2]) == 29
 
 
@@ -195,13 +195,13 @@ def test_a_seed_of_the_study_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "CANDIDATES", candidates)
     monkeypatch.setattr(study, "POLICIES", [arm])
     monkeypatch.setattr(study, "POLICY_SEEDS", [7])
-    condition = Condition(data, {"steps": 200}, [*study.JUDGES, arm], [7])
+    condition = Condition(data, {"steps": 200}, [*study.REFERENCES, arm], [7])
     monkeypatch.setattr(study, "WORLDS", {"sum": condition})
     ((world, seed, arms),) = study.find_jobs([])
     exact, random, record = study.run_seed(world, seed, arms)
     assert record["regularizer"] == "icrm" and record["p_source"] == "shuffled"
     columns = [*study.ACCURACY, *study.SELECTED, "halving_gain", *study.POLICY]
-    assert set(record) >= {"edition", "world", "seed", *columns}
+    assert set(record) >= {"version", "world", "seed", *columns}
     assert random["halving_38"] == random["best_of_16"] < exact["best_of_16"]
     assert study.find_jobs([exact, random, record]) == []
     (checkpoint,) = tmp_path.rglob("ckpt.pt")
@@ -323,7 +323,7 @@ def test_benchmarks_count_what_a_judge_prefers(inside, tmp_path):
     benchmarks = real.Benchmarks(config, open_dataset("toy"))
 
     def compute_rewards(examples):
-        return real.judge_rewards(real.LENGTH, 0, examples)
+        return real.reference_rewards(real.LENGTH, 0, examples)
 
     results = benchmarks.evaluate(compute_rewards)
     assert len(results["held_out"]) == 20

@@ -277,8 +277,8 @@ def test_the_learning_rate_warms_up_and_then_falls_to_a_tenth():
 def test_impossible_sizes_are_named():
     for sizes, message in (
         ((3, 16), "--n_embd=16 is not a multiple of --n_head=3"),
-        ((4, 16, 3), "4 heads do not divide by 3"),
-        ((2, 6), "3 channels of a head are not even"),
+        ((4, 16, 3), "4 attention heads are not a multiple of the 3"),
+        ((2, 6), "a head has 3 channels"),
     ):
         with pytest.raises(UserError, match=message):
             ModelConfig(9, 9, 1, *sizes)

@@ -275,7 +275,7 @@ def test_a_folder_and_a_dataset_that_do_not_fit_are_refused(prepared):
     own_tokenizer = open_dataset("mine").tokenizer
     with pytest.raises(UserError, match="tokenizer is bpe:300, not that of"):
         load_pretrained(prepared, make_tokenizer("bpe:300", ["some text"]))
-    with pytest.raises(UserError, match="256 tokens, the dataset's rows .* up to 257"):
+    with pytest.raises(UserError, match="context of 256 tokens, and .* up to 257"):
         load_pretrained(prepared, own_tokenizer, 257)
     edit_config(prepared, vocab_size=379)
     with pytest.raises(UserError, match="379 tokens in config.json, but 380 in tok"):
@@ -486,9 +486,9 @@ def test_a_run_on_real_pairs_is_measured_on_every_benchmark(prepared, monkeypatc
     real.main(config)
     lines = Path("real.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    n_judged = len(real.JUDGES) * len(real.SEEDS)
-    assert len(records) == n_judged + 2
-    regularizers = {record["regularizer"] for record in records[:n_judged]}
+    n_references = len(real.REFERENCES) * len(real.SEEDS)
+    assert len(records) == n_references + 2
+    regularizers = {record["regularizer"] for record in records[:n_references]}
     assert regularizers == {"length", "random"}
 
     longer_is_chosen = ""
@@ -505,7 +505,7 @@ def test_a_run_on_real_pairs_is_measured_on_every_benchmark(prepared, monkeypatc
         "none_before_error": 2,
         "largest_drop": 3,
     }
-    for (arm, _), record in zip(jobs, records[n_judged:]):
+    for (arm, _), record in zip(jobs, records[n_references:]):
         name = "-".join(str(part) for part in arm)
         path = Path("out/real/mine") / f"{name}-seed0" / "eval.json"
         metrics = read_json(path, "python train.py")["splits"]["val"]
@@ -782,7 +782,7 @@ def test_an_added_token_that_is_matched_in_another_way_is_an_error(tmp_path, key
         ({"normalizer": {"type": "Lowercase"}}, "normalizer {'type': 'Lowercase'}"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
         ({"pre_tokenizer": None}, "pre_tokenizer"),
-        ({"added_tokens": []}, "none of the added tokens .* ends a response"),
+        ({"added_tokens": []}, "no known end of a response .* added tokens"),
         (
             {"added_tokens": [{"content": "<|im_end|>", "id": 10**6}]},
             r"<\|im_start\|> is missing",

@@ -334,7 +334,7 @@ def test_evaluation_uses_the_prefix_reward_of_training(labelled):
     """The default folder names the settings that differ from the paper's."""
     run("", dataset="labelled", prefix_reward="sum")
     splits = read_splits("out/labelled-icrm-sum-seed0")
-    assert (splits["val"]["n"], splits["val"]["correct"]) == (40, 20)
+    assert (splits["val"]["n"], splits["val"]["n_correct"]) == (40, 20)
     assert splits["val pairs"]["n"] >= 20
     model, _, _ = load_reward_model("out/labelled-icrm-sum-seed0", "cpu")
     examples = [open_dataset("toy").split("val")[0]]
