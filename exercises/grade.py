@@ -65,9 +65,12 @@ def grade(folder):
 if __name__ == "__main__":
     not_copies = []
     for name in sys.argv[1:] or [str(ROOT)]:
-        if (Path(name) / "regularizer.py").is_file():
-            grade(Path(name).resolve())
-        else:
+        if not (Path(name) / "regularizer.py").is_file():
             not_copies.append(name)
+            continue
+        try:
+            grade(Path(name).resolve())
+        except KeyboardInterrupt:  # the check that was running has ended, too
+            sys.exit("stopped by SIGINT")
     if not_copies:
         sys.exit(f"error: not a copy of the project: {', '.join(not_copies)}")
