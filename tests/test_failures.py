@@ -126,8 +126,9 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_preparing_that_is_killed_at_any_instant_can_start_again(inside, tmp_path):
+def test_preparing_that_is_killed_at_any_instant_can_start_again(tmp_path, monkeypatch):
     """From a pipe, which is copied. The temporary files lie beside the dataset."""
+    monkeypatch.chdir(tmp_path)
     rows = []
     for i in range(3000):
         row = {"prompt": f"Question {i}?", "chosen": f"yes {i}", "rejected": "no"}

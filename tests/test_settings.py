@@ -28,7 +28,7 @@ VALUES = (
     "\udcff\n",
     "out",
 )
-SECONDS = 4  # of a run. Then it is stopped: the value is accepted
+SECONDS = 3  # of a run. Then it is stopped: the value is accepted
 SMALL = {
     "train": ["--steps=2", "--batch_size=4", "--out_dir=out/odd"],
     "generator": ["--steps=2", "--n_embd=32", "--batch_size=4", "--out_dir=out/odd"],

@@ -374,7 +374,8 @@ def test_two_processes_equal_one(labelled, changes):
         read_log("out/one-process"), read_log("out/two-processes"), strict=True
     ):
         assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
-    assert same_weights("out/one-process", "out/two-processes", tolerance=1e-5)
+    # Adam amplifies rounding errors of small gradients.
+    assert same_weights("out/one-process", "out/two-processes", tolerance=1e-4)
 
 
 def test_a_batch_size_that_does_not_divide_is_refused(inside, monkeypatch):
