@@ -497,7 +497,7 @@ def exact_values(dataset, examples):
         values.append([])
         for response in example.responses:
             rows = world.trace(response.tolist(), encode, end, strict=False)
-            values[-1].append(np.array([value for _, value, _ in rows]))
+            values[-1].append(np.array([value for _, value, _, _ in rows]))
     return values
 
 

@@ -77,6 +77,7 @@ RENAMED_SETTINGS = {
     "as_dialogue": "wrap_as_chat",
     "gold": "reward_rule",
     "late": "filler_clauses_first",
+    "noise": "label_noise",
     "pairs_from": "pairs_split",
 }
 

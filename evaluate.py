@@ -183,17 +183,18 @@ def reliability(margins):
     return {"ece": error, "bins": bins}
 
 
-def value_agreement(rewards, values, kinds):
+def value_agreement(rewards, values, targets, kinds):
     """Compare predicted and exact values of all prefixes of a split (toy world).
 
     The predicted value is z = sigma(r - mean r), with the mean over all prefixes. It is
     not flipped for rejected responses, unlike z in Eq. 4.
 
-    rewards, values, kinds: one array per response, chosen and rejected of each pair in
-        turn. values: the exact value V. kinds: 1 at a remark's first token, 2 at
-        evidence's, else 0
+    rewards, values, targets, kinds: one array per response, chosen and rejected of each
+        pair in turn. values: the exact value V. targets: the value that the training
+        labels imply. kinds: 1 at a remark's first token, 2 at evidence's, else 0
     correlation        Pearson's, of z and V. None if all rewards are equal
-    calibration_error  over ten bins of z: mean gap between z and V. None likewise
+    calibration_error  over ten bins of z: mean gap between z and the target. None
+                       likewise
     remark_change      mean |r_t - r_t-1| at the first token of remarks, relative to
                        that of evidence. None if rewards do not change at evidence
     exact_accuracy     accuracy when pairs are ranked by V at the last token
@@ -202,7 +203,7 @@ def value_agreement(rewards, values, kinds):
     all_rewards = np.concatenate(rewards).astype(float)
     kinds, V = np.concatenate(kinds), np.concatenate(values).astype(float)
     z = sigmoid(all_rewards - all_rewards.mean())
-    error, bins = calibration(z, V)
+    error, bins = calibration(z, np.concatenate(targets).astype(float))
     correlation = remark_change = None
     if np.ptp(all_rewards) > 0:
         correlation = float(np.corrcoef(z, V)[0, 1])
@@ -260,12 +261,15 @@ def evaluate_split(model, dataset, name):
         return evaluate_labels(name, examples, rewards)
     metrics = evaluate_pairs(examples, rewards)
     if dataset.kind == "toy":
-        response_rewards, values, kinds = [], [], []
+        response_rewards, columns = [], []
         for i in range(len(split)):
             response_rewards += rewards[i]
-            values += split.response_values(dataset.array(name, "exact-value"), i)
-            kinds += split.response_values(dataset.array(name, "kind"), i)
-        metrics.update(value_agreement(response_rewards, values, kinds))
+        for array_name in ("exact-value", "exact-target", "kind"):
+            array, column = dataset.array(name, array_name), []
+            for i in range(len(split)):
+                column += split.response_values(array, i)
+            columns.append(column)
+        metrics.update(value_agreement(response_rewards, *columns))
     return {name: metrics}
 
 

@@ -52,7 +52,7 @@ from model import (
 
 LOG_INTERVAL, SAVE_INTERVAL = 100, 250  # updates
 EXAMPLES_AT_ONCE = 512  # examples whose p is computed and written together
-P_SOURCES = ("generator", "uniform", "shuffled", "exact")
+P_SOURCES = ("generator", "uniform", "inverse", "shuffled", "exact")
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ class Probs:
 
     generator  the generator's probabilities
     uniform    1 at every token: do the probabilities matter?
+    inverse    1 - p: the same information, used the wrong way round
     shuffled   the generator's, permuted inside each response. The first token's p
                stays in place, because no transition uses it
     exact      the toy world's exact probabilities
@@ -280,6 +281,8 @@ class Probs:
         # task 5
         if self.p_source == "uniform":
             return [np.ones(len(p), np.float32) for p in parts]
+        if self.p_source == "inverse":
+            return [1 - p for p in parts]
         if self.p_source == "shuffled":
             shuffled = []
             for side, p in enumerate(parts):

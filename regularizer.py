@@ -1,6 +1,6 @@
 """Intra-trajectory consistency: the derivation, the paper's loss and the controls.
 
-    python regularizer.py       checks both proofs numerically
+    python regularizer.py       checks the four statements below numerically
 
 Read the reward of a prefix as the probability that the finished response is good. The
 law of total probability (the paper's Eq. 3) relates it to the rewards one token later:
@@ -33,6 +33,28 @@ S is a running mean of (sum of w_t) / n. So `icrm` trains every token on the lab
 its response. The normalized weights w_t / S average about 1. They are larger where
 token t and the next one are predictable and the neighbouring prefixes are already
 classified correctly. `dense_bt` is the same loss with equal weights.
+
+3. It is close to the mean absolute error. Where p is 1 and the values before and after
+token t are equal to z_t, the weight w_t is 2 sg[z_t], and sg[z] (-log z) has the
+gradient of 1 - z. So the gradient of `icrm` is that of `dense_mae`, the absolute error
+between every z_t and its label 1 (times 2, and times 1 at both ends of a response).
+This error is symmetric: the errors under both labels add up to 1. So the minimiser of
+its expectation does not change if a share e < 1/2 of all labels is flipped at random
+(arXiv 1712.09482). The minimiser of `dense_bt` does.
+
+4. Where its gradient is zero. Let every prefix h have one free reward, s = sigma(r),
+and let data be unlimited. Let C(h) be the probability that a training response that
+begins with h is a chosen one. Sum -w log s over the tokens of chosen responses and -w
+log (1 - s) over those of rejected ones, where w has no gradient. The gradient is zero
+where
+
+    s / (1 - s) = C E[w | h, chosen] / ((1 - C) E[w | h, rejected])
+
+A weight that depends on the prefix alone cancels, so `dense_bt` finds s = C. The
+weights of `icrm` contain the neighbours' s in chosen responses and 1 - s in rejected
+ones. They do not cancel, and push s towards 0 or 1: `icrm` is overconfident. The
+minimiser of the absolute error is the majority label. (This leaves out Eq. 4's mean
+over the other response, L_BT and L_SFT.)
 
 A regularizer is a function f(rewards, probs, mask) -> (penalty, scale):
 
@@ -164,6 +186,20 @@ def dense_bt(rewards, probs, mask):
     return masked_mean(-F.logsigmoid(value_logits(rewards, mask)), mask), None
 
 
+def dense_mae(rewards, probs, mask):
+    """The mean absolute error between z and the label at every token: 1 - z_t."""
+    z = torch.sigmoid(value_logits(rewards, mask))
+    return masked_mean(1 - z, mask), masked_mean(z.detach(), mask)
+
+
+def response_mae(rewards, probs, mask):
+    """The mean absolute error of complete responses: 1 - sigma(margin)."""
+    final_rewards = torch.where(last_tokens(mask), rewards, 0.0).sum(1)  # (2B,)
+    chosen, rejected = final_rewards.chunk(2)  # (B,) each
+    is_preferred = torch.sigmoid(chosen - rejected)
+    return (1 - is_preferred).mean(), is_preferred.detach().mean()
+
+
 def squared_gap(rewards, probs, mask):
     """Consistency without a stop-gradient: p_t (z_t - z_{t+1})^2."""
     p, transitions = masked_transitions(probs, mask)
@@ -220,6 +256,8 @@ REGULARIZERS = {
     "none": none,
     "icrm": icrm,
     "dense_bt": dense_bt,
+    "dense_mae": dense_mae,
+    "response_mae": response_mae,
     "squared_gap": squared_gap,
     "gap_bound": gap_bound,
     "icrm_gap_bound": icrm_gap_bound,
@@ -249,6 +287,67 @@ def enumerated_world(depth=5, vocabulary=3, seed=0):
         next_rewards = rewards[0].view(-1, vocabulary)
         rewards.insert(0, (p * next_rewards).sum(-1))  # Eq. 3
     return probs, rewards
+
+
+def prefix_probabilities(probs):
+    """The probability of every prefix, for each depth. -> [(1,), (K,), (K^2,), ...]"""
+    prefixes = [torch.ones(1).double()]
+    for p in probs:
+        prefixes.append((prefixes[-1][:, None] * p).flatten())
+    return prefixes
+
+
+def expected_icrm(rewards, probs, shares):
+    """The expectation of `icrm` (not divided) for unlimited data, without Eq. 4's mean.
+
+    rewards: a free reward of every prefix, a list as from enumerated_world
+    shares: C, the share of chosen responses among those that begin with the prefix
+    """
+    prefixes, loss = prefix_probabilities(probs), 0.0
+    for m in range(1, len(probs)):
+        p = probs[m]  # (K^m, K)
+        before = rewards[m][:, None].expand_as(p)
+        after = rewards[m + 1].view_as(p)
+        s_before, s_after = before.sigmoid().detach(), after.sigmoid().detach()
+        chosen = s_after * F.logsigmoid(before) + s_before * F.logsigmoid(after)
+        rejected = (1 - s_after) * F.logsigmoid(-before)
+        rejected = rejected + (1 - s_before) * F.logsigmoid(-after)
+        C = shares[m + 1].view_as(p)
+        mean_log = C * chosen + (1 - C) * rejected
+        loss = loss - (prefixes[m + 1].view_as(p) * p * mean_log).sum()
+    return loss
+
+
+def expected_weights(values, probs, shares, m):
+    """E[w | h, chosen] and E[w | h, rejected] of the prefixes of depth m in `icrm`.
+
+    values: s of every prefix. -> two tensors (K^m,)
+    """
+    C = shares[m]
+    chosen, rejected = torch.zeros_like(C), torch.zeros_like(C)
+    if m > 1:  # the token before
+        p = probs[m - 1].flatten()
+        before = values[m - 1].repeat_interleave(probs[m - 1].size(1))
+        chosen, rejected = p * before, p * (1 - before)
+    if m < len(probs):  # the token after
+        p = probs[m]
+        after, next_C = values[m + 1].view_as(p), shares[m + 1].view_as(p)
+        chosen = chosen + (p * next_C * p * after).sum(1) / C
+        rejected = rejected + (p * (1 - next_C) * p * (1 - after)).sum(1) / (1 - C)
+    return chosen, rejected
+
+
+def icrm_rest_point(probs, shares, iterations=1000):
+    """The values s at which the gradient of expected_icrm is zero (statement 4)."""
+    values = list(shares)
+    for _ in range(iterations):
+        new_values = [values[0]]
+        for m in range(1, len(values)):
+            chosen, rejected = expected_weights(values, probs, shares, m)
+            odds = shares[m] * chosen / ((1 - shares[m]) * rejected)
+            new_values.append(odds / (1 + odds))
+        values = new_values
+    return values
 
 
 def show_gap_bound():
@@ -300,6 +399,55 @@ def show_response():
     print(f"   scale {scale:.9f}, mean weight {mean_weight:.9f}")
 
 
+def show_absolute_error():
+    rewards = torch.full((2, 6), 0.7).double().requires_grad_()
+    mask, p = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 5).double()
+    gradients = []
+    for regularizer in (icrm, dense_mae):
+        penalty, _ = regularizer(rewards, p, mask)
+        gradients.append(torch.autograd.grad(penalty, rewards)[0][0])
+    # Multiplied by the numbers over which the two are averaged.
+    ratio = (5 * gradients[0]) / (6 * gradients[1])
+    print("\n3. Gradient of `icrm` / gradient of `dense_mae`, all rewards equal, p = 1")
+    print("   token 1 to 6: " + "  ".join(f"{value:.4f}" for value in ratio))
+    values = torch.linspace(0.01, 0.99, 99).double()
+    print("   The value with the smallest expected loss, if 70% of labels are good:")
+    print("   wrong labels   dense_bt  dense_mae")
+    for noise in (0.0, 0.2):
+        C = noise + (1 - 2 * noise) * 0.7
+        cross_entropy = -C * values.log() - (1 - C) * (1 - values).log()
+        absolute_error = C * (1 - values) + (1 - C) * values
+        best = [values[loss.argmin()] for loss in (cross_entropy, absolute_error)]
+        print(f"   {noise:12.0%}{best[0]:11.2f}{best[1]:11.2f}")
+
+
+def show_rest_point():
+    probs, exact = enumerated_world()
+    shares = [0.2 + (1 - 2 * 0.2) * V for V in exact]  # C with 20% wrong labels
+    values = icrm_rest_point(probs, shares)
+    rewards = [s.logit().requires_grad_() for s in values]
+    gradients = torch.autograd.grad(expected_icrm(rewards, probs, shares), rewards[1:])
+    weights = torch.cat(prefix_probabilities(probs)[1:])
+    largest = (torch.cat(gradients) / weights).abs().max()
+    C = torch.cat(shares[1:])
+    print("\n4. Values at which the gradient is zero, every prefix enumerated")
+    print(
+        "   uncertainty: mean min(s, 1 - s).  right side: s and C on one side of 1/2\n"
+    )
+    print("   loss         mean |s - C|  uncertainty  right side")
+    for name, s in (
+        ("dense_bt", C),
+        ("icrm", torch.cat(values[1:])),
+        ("dense_mae", (C > 0.5).double()),
+    ):
+        columns = (s - C).abs(), torch.minimum(s, 1 - s), ((s > 0.5) == (C > 0.5))
+        means = [(weights * x).sum() / weights.sum() for x in columns]
+        print(f"   {name:10s}{means[0]:15.3f}{means[1]:13.3f}{means[2]:12.1%}")
+    print(f"\n   largest gradient of icrm there: {largest:.0e}")
+
+
 if __name__ == "__main__":
     show_gap_bound()
     show_response()
+    show_absolute_error()
+    show_rest_point()

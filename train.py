@@ -87,7 +87,7 @@ class TrainConfig:
     out_dir: str = ""  # empty: out/DATASET-REGULARIZER[-P][-PREFIX_REWARD]-seedSEED
     resume: bool = False  # continue from the last checkpoint in out_dir
     regularizer: str = "icrm"  # a name in regularizer.REGULARIZERS
-    p_source: str = "generator"  # generator, uniform (p = 1), shuffled, exact (toy)
+    p_source: str = "generator"  # generator, uniform, inverse, shuffled, exact
     prefix_reward: str = "last"  # last, mean or sum of token scores (export: last)
     reg_weight: float = 0.5  # lambda. The regularizer `none` uses 0
     lm_weight: float = 1.0  # weight of L_SFT. 0 skips it

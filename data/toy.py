@@ -13,12 +13,16 @@ remark is predictable, and a reward model may read it instead of the evidence. I
 shifted splits the remark is random, or comes from evidence of the opposite quality.
 
 The true quality of a response is #good - #bad evidence. The response with the higher
-true quality is chosen. Beside the tokens, the dataset stores for every response token
-its exact probability (`exact-p`), the exact value of the prefix that it ends
-(`exact-value`) and its `kind`: 1 for the first token of a remark, 2 for that of
-evidence, else 0. On prompts they are 0.
+true quality is chosen. As with human annotators, some labels of training pairs are
+wrong. The other splits have true labels.
+
+Beside the tokens, the dataset stores for every response token its exact probability
+(`exact-p`), the exact value V of the prefix that it ends (`exact-value`), the value C
+that the training labels imply (`exact-target`) and its `kind`: 1 for the first token of
+a remark, 2 for that of evidence, else 0. On prompts they are 0.
 """
 
+import math
 import random
 import re
 import sys
@@ -29,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_choice, check_range, run_script
+from common import POSITIVE, check_choice, check_range, run_script
 import numpy as np
 
 from data.dataset import dataset_folder, write_dataset
@@ -56,7 +60,13 @@ for shift in range(len(FACTS)):
     for i, noun in enumerate(FILLER):
         FILLER_TEXTS.append(f"{noun} {FACTS[(i + shift) % len(FACTS)]}")
 KINDS = {"remark": 1, "evidence": 2}
-ARRAYS = {"exact-p": np.float32, "exact-value": np.float32, "kind": np.uint8}
+ARRAYS = {
+    "exact-p": np.float32,
+    "exact-value": np.float32,
+    "exact-target": np.float32,
+    "kind": np.uint8,
+}
+LABEL_MODELS = ("flip", "bradley_terry")
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,9 @@ class ToyConfig:
     seed: int = 0  # random seed of all splits
     train: int = 500  # training pairs
     test: int = 1000  # pairs in each of val, decoupled, swapped and longer
-    noise: float = 0.0  # share of training pairs with the wrong label
+    label_model: str = "flip"  # of training pairs: flip, or bradley_terry
+    label_noise: float = 0.2  # flip: share of training pairs with the wrong label
+    tau: float = 1.0  # bradley_terry: P(better one chosen) = sigma(difference / tau)
     reward_rule: str = "sum"  # sum: #good - #bad. veto: #good, but -1 after a bad piece
     filler_clauses_first: int = 0  # clauses at the start that are always filler
     fillers: int = 24  # different filler clauses
@@ -97,6 +109,9 @@ class World:
     reward_rule: str = "sum"  # sum or veto
     filler_clauses_first: int = 0
     fillers: int = len(FILLER)  # up to 144. Above 24, nouns occur with several facts
+    label_model: str = "flip"  # of training pairs
+    label_noise: float = 0.0
+    tau: float = 1.0
 
     # The process that generates responses
 
@@ -214,8 +229,31 @@ class World:
                     value += p * q * 0.5
         return value
 
+    def wrong_label_probability(self, difference):
+        """P(a training label is wrong), for a pair with this difference in quality."""
+        if self.label_model == "bradley_terry":
+            return 1 / (1 + math.exp(abs(difference) / self.tau))
+        return self.label_noise
+
+    @lru_cache(maxsize=None)
+    def target(self, state):
+        """The value C that the training labels imply.
+
+        It is the probability that a training response that continues the state is the
+        chosen one. Unlike in V, there are no ties, and some labels are wrong.
+        """
+        chosen = total = 0.0
+        for quality, p in self.outcomes(state).items():
+            for other_quality, q in self.outcomes(State()).items():
+                if quality == other_quality:
+                    continue
+                wrong = self.wrong_label_probability(quality - other_quality)
+                chosen += p * q * (1 - wrong if quality > other_quality else wrong)
+                total += p * q
+        return chosen / total
+
     def trace(self, tokens, encode, end_of_text, strict=True):
-        """Exact probability, value and kind of every token of a response.
+        """Exact probability, value, target and kind of every token of a response.
 
         The forward algorithm: it tracks all texts that fit the tokens so far. The kind
         is marked at the first token of a text, once the text is complete.
@@ -223,7 +261,7 @@ class World:
         tokens: the response, end-of-text last. encode: text -> token ids
         strict: a token that the world cannot produce is a ValueError. Otherwise p is 0
             and the value stays the same from there on
-        Returns a list of [p, value, kind].
+        Returns a list of [p, value, target, kind].
         """
         hypotheses, rows = [Hypothesis(1.0, "", (), State())], []
         for token in tokens:
@@ -235,18 +273,22 @@ class World:
             if not hypotheses:
                 if strict:
                     raise ValueError(f"the world cannot produce token {len(rows)}")
-                value = rows[-1][1] if rows else self.value(State())
-                return rows + [[0.0, value, 0]] * (len(tokens) - len(rows))
-            p, value, shifted = sum(h.weight for h in hypotheses), 0.0, []
+                value, target = self.value(State()), self.target(State())
+                if rows:
+                    _, value, target, _ = rows[-1]
+                return rows + [[0.0, value, target, 0]] * (len(tokens) - len(rows))
+            p, shifted = sum(h.weight for h in hypotheses), []
+            value = target = 0.0
             for h in hypotheses:
                 value += h.weight * self.value(h.next_state)
+                target += h.weight * self.target(h.next_state)
                 shifted.append(
                     h._replace(weight=h.weight / p, remaining=h.remaining[1:])
                 )
-            rows.append([p, value / p, 0])
+            rows.append([p, value / p, target / p, 0])
             hypotheses = shifted
             if not hypotheses[0].remaining:
-                rows[first][2] = KINDS.get(hypotheses[0].kind, 0)
+                rows[first][3] = KINDS.get(hypotheses[0].kind, 0)
         return rows
 
     @lru_cache(maxsize=None)
@@ -269,12 +311,13 @@ def split_worlds(world):
     }
 
 
-def sample_pairs(world, count, seed, noise=0.0):
+def sample_pairs(world, count, seed, has_true_labels=True):
     """Sample `count` triples of a prompt, a chosen and a rejected response.
 
-    The response with the higher true quality is chosen, except in a share `noise`.
+    The response with the higher true quality is chosen, unless the world's label model
+    makes some labels wrong. The texts do not depend on the labels.
     """
-    rng, pairs = random.Random(seed), []
+    rng, label_rng, pairs = random.Random(seed), random.Random(f"{seed} labels"), []
     while len(pairs) < count:
         place = PLACES[int(rng.random() * len(PLACES))]
         town = TOWNS[int(rng.random() * len(TOWNS))]
@@ -284,7 +327,8 @@ def sample_pairs(world, count, seed, noise=0.0):
         if first_quality == second_quality:
             continue
         first_is_chosen = first_quality > second_quality
-        if noise > 0 and rng.random() < noise:
+        wrong = world.wrong_label_probability(first_quality - second_quality)
+        if not has_true_labels and label_rng.random() < wrong:
             first_is_chosen = not first_is_chosen
         chosen, rejected = (first, second) if first_is_chosen else (second, first)
         pairs.append((f"How is the {place} in {town}?", chosen, rejected))
@@ -293,7 +337,9 @@ def sample_pairs(world, count, seed, noise=0.0):
 
 def main(config):
     check_range(config, 1, 10**6, "train", "test")
-    check_range(config, 0, 1, "noise")
+    check_range(config, 0, 1, "label_noise")
+    check_range(config, POSITIVE, 10**9, "tau")
+    check_choice("label_model", config.label_model, LABEL_MODELS)
     check_range(config, 0, World.clauses - 1, "filler_clauses_first")
     check_range(config, 1, len(FILLER_TEXTS), "fillers")
     check_choice("reward_rule", config.reward_rule, ("sum", "veto"))
@@ -301,13 +347,18 @@ def main(config):
         reward_rule=config.reward_rule,
         filler_clauses_first=config.filler_clauses_first,
         fillers=config.fillers,
+        label_model=config.label_model,
+        label_noise=config.label_noise,
+        tau=config.tau,
     )
     worlds, rows, train_texts = split_worlds(world), [], []
     for split, split_world in worlds.items():
-        count, noise = config.test, 0.0
-        if split == "train":
-            count, noise = config.train, config.noise
-        pairs = sample_pairs(split_world, count, f"{config.seed} {split}", noise)
+        is_train = split == "train"
+        count, seed = (
+            config.train if is_train else config.test,
+            f"{config.seed} {split}",
+        )
+        pairs = sample_pairs(split_world, count, seed, has_true_labels=not is_train)
         for pair in pairs:
             rows.append((split, *pair))
             if split == "train":
@@ -316,11 +367,10 @@ def main(config):
     encode = lru_cache(maxsize=None)(tokenizer.encode)
 
     def exact_arrays(split, prompt, responses):
-        traces = [[0.0, 0.0, 0]] * len(prompt)
+        traces = [[0.0, 0.0, 0.0, 0]] * len(prompt)
         for response in responses:
             traces += worlds[split].trace(response, encode, tokenizer.end_of_text)
-        p, values, kinds = zip(*traces)
-        return {"exact-p": p, "exact-value": values, "kind": kinds}
+        return dict(zip(ARRAYS, zip(*traces)))
 
     write_dataset(
         dataset_folder(config.name),

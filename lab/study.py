@@ -45,6 +45,7 @@ from lab.runs import (
 SEEDS = range(300, 320)  # settings were chosen on seeds 100 to 102
 FEW_SEEDS = range(320, 325)
 POLICY_SEEDS = range(300, 310)
+TUNING_SEEDS = range(500, 508)
 CANDIDATES = BonConfig(prompts=60, samples=64, max_new_tokens=100, device="cpu")
 HALVING_LENGTHS = {  # percent of all tokens -> lengths at which half is dropped
     "25": (6, 11, 16),
@@ -58,6 +59,7 @@ USES_P = ("icrm", "icrm_gap_bound", "reward_smoothness")
 class StudyConfig:
     results: str = "lab/study.jsonl"  # one line per finished run
     tables: bool = False  # print the tables of the results, and run nothing
+    worlds: str = ""  # run the worlds whose names start so. empty: all
     workers: int = 2  # seeds at a time, one thread each
 
 
@@ -70,6 +72,8 @@ class Arm(NamedTuple):
     regularizer: str = "none"
     prefix_reward: str = "last"
     p_source: str = "generator"
+    steps: int = 0  # 0: those of the condition
+    learning_rate: float = 0.0  # likewise
 
 
 NONE, ICRM, ICRM_SUM = Arm("none"), Arm("icrm"), Arm("icrm", "sum")
@@ -92,12 +96,18 @@ SUMMARY = [NONE, *LAST, Arm("icrm", "last", "uniform"), NONE_MEAN, NONE_SUM, ICR
 
 
 class Condition(NamedTuple):
-    """A toy world and its generator: the settings that are not the defaults."""
+    """A toy world, its generator, and the training of its arms.
+
+    data: settings of data/toy.py. Labels are right unless it says otherwise
+    has_search: whether the arms also select among sampled candidates
+    """
 
     data: dict = {}
     generator: dict = {}
     arms: list = REGIME_ARMS
     seeds: range = FEW_SEEDS
+    train: dict = {"steps": 80, "learning_rate": 2e-3}
+    has_search: bool = True
 
 
 WORLDS = {
@@ -107,13 +117,22 @@ WORLDS = {
     "125 pairs": Condition({"train": 125}),
     "2,000 pairs": Condition({"train": 2000}),
     "144 fillers": Condition({"fillers": 144}),
-    "20% wrong labels": Condition({"noise": 0.2}),
+    "20% wrong labels": Condition({"label_noise": 0.2}),
     "late evidence": Condition({"filler_clauses_first": 3}),
     "one layer": Condition(generator={"n_layer": 1}),
     "width 128": Condition(generator={"n_embd": 128}),
     "poor generator": Condition(generator={"steps": 100}),
 }
-REGIME_WORLDS = [world for world in WORLDS if world not in ("sum", "veto")]
+TUNING = []
+for regularizer in ("none", "icrm"):
+    for learning_rate in (2e-3, 4e-3, 8e-3):
+        for steps in (20, 40, 80):
+            arm = Arm(regularizer, steps=steps, learning_rate=learning_rate)
+            TUNING.append(arm)
+WORLDS["tuning"] = Condition(
+    {"label_noise": 0.2}, arms=TUNING, seeds=TUNING_SEEDS, has_search=False
+)
+REGIME_WORLDS = [world for world in WORLDS if WORLDS[world].arms is REGIME_ARMS]
 
 
 # Runs ---------------------------------------------------------------------------------
@@ -145,13 +164,15 @@ def measure_search(rewards, qualities):
     return {name: float(np.mean(array)) for name, array in values.items()}
 
 
-def measure_arm(arm, seed, names, examples, qualities, with_policies):
+def measure_arm(arm, seed, settings, examples, qualities, with_policies):
     """Train an arm and measure it. Its checkpoint is deleted afterwards.
 
-    names: the settings `dataset` and `generator`
+    settings: of train.py: the dataset, the generator, steps and learning rate
     """
-    folder = Path(names["generator"]).parent / "-".join(arm)
-    settings = {**names, **arm._asdict(), "seed": seed, "eval_interval": 80}
+    folder = Path(settings["generator"]).parent / "-".join(map(str, arm))
+    changed = {name: value for name, value in arm._asdict().items() if value}
+    settings = {**settings, **changed, "seed": seed}
+    settings["eval_interval"] = settings["steps"]
     run_command("train.py", out_dir=folder, **settings)
     splits = read_json(folder / "eval.json", "lab/study.py")["splits"]
     metrics = {}
@@ -160,8 +181,9 @@ def measure_arm(arm, seed, names, examples, qualities, with_policies):
     metrics["correlation"] = splits["val"]["correlation"]
     metrics["calibration"] = splits["val"]["calibration_error"]
     metrics["remark_change"] = splits["val"]["remark_change"]
-    model, _, _ = load_reward_model(folder, "cpu")
-    metrics.update(measure_search(candidate_rewards(model, examples), qualities))
+    if examples:
+        model, _, _ = load_reward_model(folder, "cpu")
+        metrics.update(measure_search(candidate_rewards(model, examples), qualities))
     if with_policies:
         for pairs, pairs_split in (("sampled", ""), ("swapped", "swapped")):
             out_dir = folder / f"policy-{pairs}"
@@ -178,10 +200,11 @@ def measure_arm(arm, seed, names, examples, qualities, with_policies):
 def run_seed(world, seed, arms):
     """Run these arms with one seed, and yield a record of each."""
     condition = WORLDS[world]
-    name = f"study-{world}-{seed}".replace(" ", "-")
+    name = f"study-{world}-{seed}".replace(" ", "-").replace(",", "")
     generator_folder = Path("out/study") / name / "generator"
-    names = {"dataset": name, "generator": str(generator_folder)}
-    run_command("data/toy.py", name=name, seed=seed, **condition.data)
+    settings = {"dataset": name, "generator": generator_folder, **condition.train}
+    data = {"label_noise": 0.0, **condition.data}
+    run_command("data/toy.py", name=name, seed=seed, **data)
     run_command(
         "generator.py",
         dataset=name,
@@ -189,10 +212,11 @@ def run_seed(world, seed, arms):
         seed=seed,
         **condition.generator,
     )
-    dataset = open_dataset(name)
-    generator, tokenizer = load_generator(generator_folder, "cpu")
-    examples = sample_candidates(generator, dataset, CANDIDATES)
-    toy_world, qualities = World(**dataset.metadata["world"]), []
+    dataset, examples, qualities = open_dataset(name), [], []
+    if condition.has_search:
+        generator, tokenizer = load_generator(generator_folder, "cpu")
+        examples = sample_candidates(generator, dataset, CANDIDATES)
+    toy_world = World(**dataset.metadata["world"])
     for example in examples:
         texts = map(tokenizer.decode, example.responses)
         qualities.append([float(toy_world.true_quality(text)) for text in texts])
@@ -204,7 +228,9 @@ def run_seed(world, seed, arms):
             metrics = dict.fromkeys(SELECTED, mean)
         else:
             with_policies = world == "sum" and arm in POLICIES and seed in POLICY_SEEDS
-            metrics = measure_arm(arm, seed, names, examples, qualities, with_policies)
+            metrics = measure_arm(
+                arm, seed, settings, examples, qualities, with_policies
+            )
         record = {"version": VERSION, "world": world, "seed": seed, **arm._asdict()}
         for key, value in metrics.items():
             record[key] = round(value, 4)
@@ -213,10 +239,12 @@ def run_seed(world, seed, arms):
         path.unlink()
 
 
-def find_jobs(records):
-    """[(world, seed, arms without a record), ...]"""
+def find_jobs(records, prefix=""):
+    """[(world, seed, arms without a record), ...] of worlds that start with prefix."""
     results, jobs = index_records(records), []
     for world, condition in WORLDS.items():
+        if not world.startswith(prefix):
+            continue
         for seed in condition.seeds:
             missing = []
             for arm in dict.fromkeys(condition.arms):
@@ -331,7 +359,10 @@ def index_records(records):
     """{(world, arm): {seed: record}}"""
     results = defaultdict(dict)
     for record in records:
-        arm = Arm(*(record[field] for field in Arm._fields))
+        fields = {}
+        for name, default in Arm._field_defaults.items():
+            fields[name] = record.get(name, default)
+        arm = Arm(**fields)
         results[record["world"], arm][record["seed"]] = record
     return results
 
@@ -402,7 +433,7 @@ def main(config):
         records = read_records(path)
         check_version(path, records)
         with lock("out/study"):
-            run_jobs(run_seed, find_jobs(records), path, config.workers)
+            run_jobs(run_seed, find_jobs(records, config.worlds), path, config.workers)
     print(format_tables(read_records(path)))
 
 

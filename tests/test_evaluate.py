@@ -177,13 +177,14 @@ def test_the_length_baseline_counts_half_for_equal_lengths():
 
 @pytest.fixture
 def exact(inside):
-    """Exact values and kinds of the responses of val, pair by pair."""
+    """Values, targets and kinds of the responses of val, pair by pair."""
     dataset = open_dataset("toy")
-    split, values, kinds = dataset.split("val"), [], []
-    for i in range(len(split)):
-        values += split.response_values(dataset.array("val", "exact-value"), i)
-        kinds += split.response_values(dataset.array("val", "kind"), i)
-    return values, kinds
+    split, columns = dataset.split("val"), []
+    for name in ("exact-value", "exact-target", "kind"):
+        columns.append([])
+        for i in range(len(split)):
+            columns[-1] += split.response_values(dataset.array("val", name), i)
+    return columns
 
 
 def test_the_exact_value_has_correlation_one_no_leak_and_accuracy_one(exact):
@@ -198,11 +199,11 @@ def test_the_agreement_with_the_exact_value_equals_loops(exact):
     metrics = evaluate.value_agreement(rewards, *exact)
     mean = np.concatenate(rewards).mean()
     bins, changes, points = {}, {0: [], 1: [], 2: []}, []
-    for r, V, kind in zip(rewards, *exact):
+    for r, V, C, kind in zip(rewards, *exact):
         for t in range(len(r)):
             z = 1 / (1 + np.exp(mean - r[t]))
             points.append((z, float(V[t])))
-            bins.setdefault(int(z * 10), []).append(z - float(V[t]))
+            bins.setdefault(int(z * 10), []).append(z - float(C[t]))
             changes[kind[t]].append(abs(r[t] - r[t - 1]) if t > 0 else 0.0)
     error = sum(abs(sum(gaps)) for gaps in bins.values()) / len(points)
     leak = np.mean(changes[1]) / np.mean(changes[2])

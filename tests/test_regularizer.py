@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.functional import pad
 
 from regularizer import (
@@ -18,8 +19,12 @@ from regularizer import (
     REGULARIZERS,
     TD_LAMBDA,
     enumerated_world,
+    expected_icrm,
+    expected_weights,
     icrm,
     icrm_by_token,
+    icrm_rest_point,
+    prefix_probabilities,
     transition_mask,
 )
 
@@ -77,7 +82,7 @@ def lambda_return(values, t):
 
 
 def slow_penalties(live, fixed, p):
-    """{name: penalty} of every regularizer, and {"scale": that of icrm}."""
+    """{name: penalty} of every regularizer, and {"scale of NAME": its scale}."""
     z, sg = slow_values(live, fixed), slow_values(fixed, fixed)
     terms = defaultdict(list)
     for i, r in enumerate(live):
@@ -85,7 +90,7 @@ def slow_penalties(live, fixed, p):
             a, b, p_t = z[i][t], z[i][t + 1], p[i][t]
             l = -0.5 * (sg[i][t + 1] * math.log(a) + sg[i][t] * math.log(b))
             terms["icrm"].append(2 * p_t * l)
-            terms["scale"].append(2 * p_t * (a + b) / 2)
+            terms["scale of icrm"].append(2 * p_t * (a + b) / 2)
             terms["squared_gap"].append(p_t * (a - b) ** 2)
             terms["gap_bound"].append(max(abs(a - b) - (1 - p_t), 0) ** 2)
             terms["reward_smoothness"].append(p_t * (r[t + 1] - r[t]) ** 2)
@@ -95,10 +100,18 @@ def slow_penalties(live, fixed, p):
             cross_entropy += (1 - target) * math.log(1 - z[i][t])
             terms["none"].append(0.0)
             terms["dense_bt"].append(-math.log(z[i][t]))
+            terms["dense_mae"].append(1 - z[i][t])
+            terms["scale of dense_mae"].append(z[i][t])
             terms["td_lambda"].append(-cross_entropy)
+    B = len(live) // 2
+    for chosen, rejected in zip(live[:B], live[B:]):
+        margin = (chosen or [0.0])[-1] - (rejected or [0.0])[-1]
+        terms["response_mae"].append(1 - sigmoid(margin))
+        terms["scale of response_mae"].append(sigmoid(margin))
     penalties = {name: mean(values) for name, values in terms.items()}
     bound = GAP_BOUND_WEIGHT * penalties["gap_bound"]
     penalties["icrm_gap_bound"] = penalties["icrm"] + bound
+    penalties["scale of icrm_gap_bound"] = penalties["scale of icrm"]
     return penalties
 
 
@@ -123,14 +136,15 @@ def test_every_regularizer_equals_its_slow_reference(batch):
     rewards, probs, mask = batch
     live, p = as_lists(rewards, mask), as_lists(probs, transition_mask(mask))
     expected, slopes = slow_penalties(live, live, p), slow_gradients(live, p)
-    assert expected["gap_bound"] > 0 and len(expected) == len(REGULARIZERS) + 1
-    for name in expected.keys() - {"scale"}:
+    assert expected["gap_bound"] > 0 and REGULARIZERS.keys() <= expected.keys()
+    for name in REGULARIZERS:
         inputs = rewards.clone().requires_grad_()
         penalty, scale = REGULARIZERS[name](inputs, probs, mask)
         assert penalty.item() == pytest.approx(expected[name], rel=1e-12), name
-        assert (scale is not None) == name.startswith("icrm")
+        expected_scale = expected.get(f"scale of {name}")
+        assert (scale is None) == (expected_scale is None), name
         if scale is not None:
-            assert scale.item() == pytest.approx(expected["scale"], rel=1e-12), name
+            assert scale.item() == pytest.approx(expected_scale, rel=1e-12), name
         penalty.backward()
         for (i, t), slope in slopes.items():
             gradient = inputs.grad[i, t].item()
@@ -172,6 +186,86 @@ def test_the_gap_bound_holds_and_is_tight():
                 assert abs(gap) <= 1 - p + 1e-12
                 largest = max(largest, abs(gap) / (1 - p))
     assert largest > 0.99
+
+
+@pytest.mark.parametrize("reward", [-2.0, 0.3, 4.0])
+def test_icrm_has_the_gradient_of_the_absolute_error_where_neighbours_are_equal(reward):
+    """Statement 3: twice inside the response, once at both ends, if p = 1."""
+    gradients = []
+    for name in ("icrm", "dense_mae"):
+        gradient = gradient_of(name, [reward] * 7, [reward / 2] * 7, p=1.0)
+        n = {"icrm": 2 * 6, "dense_mae": 2 * 7}[name]  # what the mean is over
+        gradients.append(n * gradient)
+    ratio = torch.ones(7, dtype=torch.float64)
+    ratio[1:-1] = 2
+    assert torch.allclose(gradients[0], ratio * gradients[1], rtol=1e-6, atol=0)
+
+
+def test_flipped_labels_move_the_minimiser_of_cross_entropy_only():
+    """Statement 3, on a grid of values."""
+    s = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    for C in (0.1, 0.35, 0.6, 0.8):
+        best = {}
+        for noise in (0.0, 0.1, 0.4):
+            share = noise + (1 - 2 * noise) * C
+            cross_entropy = -share * s.log() - (1 - share) * (1 - s).log()
+            absolute_error = share * (1 - s) + (1 - share) * s
+            assert s[cross_entropy.argmin()] == pytest.approx(share, abs=0.0051)
+            best[noise] = s[absolute_error.argmin()].item()
+        assert set(best.values()) == {0.99 if C > 0.5 else 0.01}
+
+
+def slow_expected_icrm(rewards, probs, shares):
+    """The expectation of icrm over complete responses, one by one, and their labels."""
+    K, depth = probs[0].size(1), len(probs)
+    total = 0.0
+    for leaf in range(K**depth):
+        probability, prefixes = 1.0, [0]
+        tokens = [leaf // K ** (depth - 1 - t) % K for t in range(depth)]
+        for t, token in enumerate(tokens):
+            probability *= probs[t][prefixes[-1], token]
+            prefixes.append(prefixes[-1] * K + token)
+        p = [probs[t][prefixes[t], tokens[t]] for t in range(1, depth)]
+        C = shares[depth][leaf]
+        r = [rewards[t][prefixes[t]] for t in range(1, depth + 1)]
+        for share, sign in ((C, 1), (1 - C, -1)):
+            for t in range(depth - 1):
+                a, b = torch.sigmoid(sign * r[t]), torch.sigmoid(sign * r[t + 1])
+                l = b.detach() * a.log() + a.detach() * b.log()
+                total = total - probability * share * p[t] * l
+    return total
+
+
+@pytest.mark.parametrize("seed, noise", [(0, 0.1), (1, 0.2), (2, 0.3)])
+def test_the_gradient_is_zero_where_statement_4_says(seed, noise):
+    """By summing over complete responses. icrm is overconfident there."""
+    probs, exact = enumerated_world(depth=4, seed=seed)
+    shares = [noise + (1 - 2 * noise) * V for V in exact]
+    values = icrm_rest_point(probs, shares)
+    rewards = [s.logit().requires_grad_() for s in values]
+    loss = slow_expected_icrm(rewards, probs, shares)
+    assert loss.item() == pytest.approx(expected_icrm(rewards, probs, shares).item())
+    weights = prefix_probabilities(probs)
+    for m, gradient in enumerate(torch.autograd.grad(loss, rewards[1:]), start=1):
+        assert (gradient.abs() / weights[m]).max() < 1e-6
+        chosen, rejected = expected_weights(values, probs, shares, m)
+        odds = shares[m] * chosen / ((1 - shares[m]) * rejected)
+        assert torch.allclose(values[m], odds / (1 + odds), rtol=0, atol=1e-6)
+    mass, C, s = torch.cat(weights[1:]), torch.cat(shares[1:]), torch.cat(values[1:])
+    uncertainty = [(mass * torch.minimum(x, 1 - x)).sum() for x in (s, C)]
+    assert uncertainty[0] < 0.6 * uncertainty[1]
+
+
+def test_a_weight_of_the_prefix_alone_cancels():
+    """Statement 4: dense_bt, with any such weights, has gradient zero at s = C."""
+    rng = torch.Generator().manual_seed(0)
+    C = torch.rand(50, generator=rng, dtype=torch.float64)
+    w = 0.1 + torch.rand(50, generator=rng, dtype=torch.float64)
+    for weights in (torch.ones_like(w), w):
+        r = C.logit().requires_grad_()
+        log_s, log_not_s = F.logsigmoid(r), F.logsigmoid(-r)
+        loss = -(weights * (C * log_s + (1 - C) * log_not_s)).sum()
+        assert torch.autograd.grad(loss, r)[0].abs().max() < 1e-12
 
 
 # Directions ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The toy world: its exact quantities against enumeration and against sampling."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -74,7 +75,7 @@ def test_probabilities_sum_to_one_and_the_value_is_the_mean_of_what_follows(worl
         product = math.prod(p for p, *_ in trace)
         assert product == pytest.approx(probability)
         # Only evidence changes the value, or filler where evidence was possible.
-        for (_, before, _), (p, value, kind) in zip(trace, trace[1:]):
+        for (_, before, _, _), (p, value, _, kind) in zip(trace, trace[1:]):
             changes = abs(value - before) > 1e-9
             if world.reward_rule == "sum" and kind == 2:
                 assert changes
@@ -193,9 +194,53 @@ def test_pairs_are_the_same_for_a_seed_and_the_chosen_response_is_better():
     for _, chosen, rejected in first:
         assert quality(chosen) > quality(rejected)
     n_wrong = 0
-    for _, chosen, rejected in sample_pairs(World(), 1000, "noise", noise=0.2):
+    world = World(label_noise=0.2)
+    noisy = sample_pairs(world, 1000, "noise", has_true_labels=False)
+    for _, chosen, rejected in noisy:
         n_wrong += quality(chosen) < quality(rejected)
     assert 160 < n_wrong < 240
+    texts = [{prompt + a, prompt + b} for prompt, a, b in noisy]
+    clean = sample_pairs(world, 1000, "noise")
+    assert texts == [{prompt + a, prompt + b} for prompt, a, b in clean]
+
+
+NOISY_WORLDS = [
+    World(label_noise=0.2),
+    World(label_model="bradley_terry", tau=2.0),
+    World(reward_rule="veto", label_noise=0.4),
+]
+
+
+@pytest.mark.parametrize("world", NOISY_WORLDS)
+def test_the_target_is_what_the_training_labels_imply(world):
+    """The share of chosen ones among training responses with the same first clause."""
+    counts = {kind: [0, 0] for kind in ("good", "bad", "filler")}
+    n_wrong, pairs = 0, sample_pairs(world, 6000, "target", has_true_labels=False)
+    for _, *responses in pairs:
+        qualities = [world.true_quality(text) for text in responses]
+        n_wrong += qualities[0] < qualities[1]
+        for is_chosen, text in zip((1, 0), responses):
+            phrase = re.search(": ([^;,.]+)", text)[1]
+            kind = "filler"
+            if phrase in toy.QUALITY_OF:
+                kind = "good" if toy.QUALITY_OF[phrase] > 0 else "bad"
+            counts[kind][0] += is_chosen
+            counts[kind][1] += 1
+    states = {
+        "good": State(5, world.add_evidence(0, 1)),
+        "bad": State(5, world.add_evidence(0, -1)),
+        "filler": State(5, 0),
+    }
+    for kind, (n_chosen, n) in counts.items():
+        target = world.target(states[kind])
+        assert n_chosen / n == pytest.approx(target, abs=4 * (0.25 / n) ** 0.5), kind
+    assert world.target(State()) == pytest.approx(0.5)
+    if world.label_model == "flip":
+        assert n_wrong / 6000 == pytest.approx(world.label_noise, abs=0.03)
+        for state in states.values():  # C = e + (1 - 2 e) P
+            clean = dataclasses.replace(world, label_noise=0.0).target(state)
+            shrunk = world.label_noise + (1 - 2 * world.label_noise) * clean
+            assert world.target(state) == pytest.approx(shrunk)
 
 
 # The dataset --------------------------------------------------------------------------
@@ -206,14 +251,18 @@ def dataset(tmp_path_factory):
     """A toy dataset of 200 training pairs, in the current folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("toy"))
-        config = toy.ToyConfig("toy-1", 1, train=200, test=5, noise=0.3, fillers=100)
+        config = toy.ToyConfig(
+            "toy-1", 1, train=200, test=5, label_noise=0.3, fillers=100
+        )
         toy.main(config)
         yield open_dataset("toy-1")
 
 
 def test_exact_values_are_stored_beside_the_tokens(dataset):
     worlds = split_worlds(World(**dataset.metadata["world"]))
-    assert dataset.kind == "toy" and worlds["train"] == World(fillers=100)
+    assert dataset.kind == "toy" and worlds["train"] == World(
+        fillers=100, label_noise=0.3
+    )
     for name, world in worlds.items():
         split, wrong = dataset.split(name), []
         arrays = [dataset.array(name, key) for key in toy.ARRAYS]
@@ -225,9 +274,11 @@ def test_exact_values_are_stored_beside_the_tokens(dataset):
                 text = dataset.tokenizer.decode(response)
                 quality = World().true_quality(text)
                 qualities.append(quality)
-                p, V, kinds = (split.response_values(a, i)[side] for a in arrays)
-                final = world.value(State(4 + world.clauses, quality))
+                p, V, C, kinds = (split.response_values(a, i)[side] for a in arrays)
+                step = 4 + world.clauses
+                final = world.value(State(step, quality))
                 assert V[-1] == pytest.approx(final)
+                assert C[-1] == pytest.approx(world.target(State(step, quality)))
                 assert p[-1] == 1 and (p > 0).all()
                 assert (kinds == 1).sum() == (kinds == 2).sum()
             wrong.append(qualities[0] < qualities[1])
@@ -266,7 +317,9 @@ def test_p_of_other_data_is_refused(dataset, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"noise": 2.0}, "--noise must be at least 0 and at most 1"),
+        ({"label_noise": 2.0}, "--label_noise must be at least 0 and at most 1"),
+        ({"tau": 0.0}, "--tau must be above 0"),
+        ({"label_model": "x"}, "unknown label_model"),
         ({"reward_rule": "product"}, "unknown reward_rule 'product'"),
         ({"filler_clauses_first": 6}, "--filler_clauses_first must be at least 0"),
         ({"fillers": 145}, "--fillers must be at least 1 and at most 144"),
