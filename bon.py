@@ -259,8 +259,8 @@ def interval_by_prompt(values, prompts, rng):
 def best_of_n_curve(rewards, gold_scores, prompts):
     """Best-of-n for n = 1, 2, 4, ..., as rows of a table.
 
-    All rows use the same sets of candidates: those that are large enough for the
-    largest n. That is the largest power of two for which at least half of the sets are.
+    All rows use the sets with at least as many candidates as the largest n. That is the
+    largest power of two that at least half of the sets reach.
 
     rewards, gold_scores: one list per set of candidates. prompts: the sets' prompts
     random, oracle: a random candidate, and the best of n by gold score

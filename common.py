@@ -442,9 +442,10 @@ def load_checkpoint(path, *kinds):
 
 
 def find_near(checkpoint, path):
-    """A path in a checkpoint's settings, which is relative to where training ran.
+    """Locate a relative path that a checkpoint's settings name.
 
-    Returns where it exists: in a folder that contains the checkpoint, or else here.
+    Tries every parent folder of the checkpoint. If none has it, returns the path, which
+    is then relative to the current folder.
     """
     for folder in Path(checkpoint["path"]).absolute().parents:
         if (folder / path).exists():

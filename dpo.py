@@ -303,10 +303,10 @@ def main(config):
         config.checkpoint, config.device
     )
     settings, inputs = checkpoint["settings"], checkpoint["inputs"]
-    folder, expected_p = find_near(checkpoint, settings["generator"]), inputs["p"]
+    folder, p_fingerprint = find_near(checkpoint, settings["generator"]), inputs["p"]
     if config.generator:
-        folder, expected_p = config.generator, ""
-    reference, its_tokenizer = load_generator(folder, config.device, expected_p)
+        folder, p_fingerprint = config.generator, ""
+    reference, its_tokenizer = load_generator(folder, config.device, p_fingerprint)
     check_same_tokenizer("generator", its_tokenizer, tokenizer)
     scorers, judge = {"reward model": reward_model}, None
     if config.judge:

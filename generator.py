@@ -6,7 +6,7 @@ It is trained on the responses of the training pairs, chosen and rejected, and t
 frozen (section 4 of the paper). Its probability p of every response token is computed
 once and stored: OUT_DIR/p.npy is an array of the same length as the tokens of the
 training split, 0 on prompts, described by p.json. `python train.py` does this if a
-dataset has no generator yet.
+dataset has no generator yet. A pretrained model is used unchanged (--steps=0).
 
 `# task N` and `# end` enclose a solution of the course (exercises/README.md).
 """
@@ -136,10 +136,11 @@ def train_generator(config, dataset, device):
     return model.eval().requires_grad_(False)
 
 
-def load_generator(folder, device, expected_p=""):
+def load_generator(folder, device, p_fingerprint=""):
     """Load a finished generator or policy. Return the frozen model and its tokenizer.
 
-    expected_p: Probs.fingerprint of a reward model. p.npy must be the same file still
+    p_fingerprint: Probs.fingerprint of a reward model. Raises a UserError if p was
+        computed again since
     """
     checkpoint = load_checkpoint(folder, "generator", "policy")
     if not is_finished(checkpoint):
@@ -147,8 +148,8 @@ def load_generator(folder, device, expected_p=""):
             f"the {checkpoint['kind']} in {folder} is not finished. Run its command "
             "again with --resume=True"
         )
-    if expected_p:
-        read_p_metadata(folder, expected_p)
+    if p_fingerprint:
+        read_p_metadata(folder, p_fingerprint)
     model = load_language_model(checkpoint).to(pick_device(device))
     return model, from_dict(checkpoint["tokenizer"])
 
@@ -224,10 +225,10 @@ def write_p(model, split, folder, metadata):
     )
 
 
-def read_p_metadata(folder, expected_p=""):
-    """Read p.json. expected_p: Probs.fingerprint that it must match, if given."""
+def read_p_metadata(folder, p_fingerprint=""):
+    """Read p.json. p_fingerprint: Probs.fingerprint that it must match."""
     metadata = read_json(Path(folder) / "p.json", "python generator.py")
-    if expected_p and metadata["digest"] not in expected_p:
+    if p_fingerprint and metadata["digest"] not in p_fingerprint:
         raise UserError(
             f"p in {folder} was computed again after the reward model was trained. "
             "Train the reward model again"

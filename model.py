@@ -228,26 +228,26 @@ class LanguageModel(nn.Module):
         """Batch -> (B, L, C)"""
         return self.model(batch.tokens, batch.positions, attention_mask(batch))
 
-    def states_and_targets(self, hidden, batch, n_responses=None):
+    def states_and_targets(self, hidden, batch, first_rows=None):
         """Response tokens, and the hidden states that predict them.
 
-        n_responses: of the k*B responses, use only so many (B: the chosen ones)
+        first_rows: use only the first so many of the k*B responses. B: the chosen ones
         (B, L, C) -> (M, C), (M,), where M is the number of tokens in these responses
         """
-        mask = batch.mask[:n_responses]
-        previous = batch.previous_positions[:n_responses]
+        mask = batch.mask[:first_rows]
+        previous = batch.previous_positions[:first_rows]
         states = gather_responses(hidden, previous[mask])
-        positions = batch.response_positions[:n_responses]
+        positions = batch.response_positions[:first_rows]
         targets = batch.tokens.flatten()[positions[mask]]
         return states, targets
 
-    def lm_logprobs(self, hidden, batch, n_responses=None):
+    def lm_logprobs(self, hidden, batch, first_rows=None):
         """log P(token | all before it) of response tokens, in float32.
 
-        n_responses: of the k*B responses, use only so many (B: the chosen ones)
-        (B, L, C) -> (n_responses, T), 0 on padding
+        first_rows: use only the first so many of the k*B responses. B: the chosen ones
+        (B, L, C) -> (k*B or first_rows, T), 0 on padding
         """
-        states, targets = self.states_and_targets(hidden, batch, n_responses)
+        states, targets = self.states_and_targets(hidden, batch, first_rows)
         size = max(1, MAX_LOGITS // self.config.vocab_size)
         if len(states) <= size:
             logprobs = self.token_logprobs(states, targets)
@@ -258,7 +258,7 @@ class LanguageModel(nn.Module):
                     checkpoint(self.token_logprobs, *part, use_reentrant=False)
                 )
             logprobs = torch.cat(parts)
-        mask = batch.mask[:n_responses]
+        mask = batch.mask[:first_rows]
         padded = torch.zeros(mask.shape, device=mask.device)
         return padded.masked_scatter(mask, logprobs)
 

@@ -60,8 +60,8 @@ A regularizer is a function f(rewards, probs, mask) -> (penalty, scale):
 
     rewards  (2B, T) prefix rewards: B chosen responses, then the B rejected ones
     probs    (2B, T-1) p_t: probability of response token t+1 given all before it
-    mask     (2B, T) True on response tokens. An example with a single labelled response
-             has one row without any
+    mask     (2B, T) True on response tokens. If an example has a single labelled
+             response, the row of the other one is all False
     penalty  () the training loop divides it by a running mean of scale
     scale    () or None: then the penalty is used as it is
 

@@ -56,7 +56,8 @@ PAGE = """<!DOCTYPE html>
 EXPLANATION = """z = sigma(r - mean reward of all prefixes) is the predicted value of a
 prefix. The charts of the pairs show z along a response (dashed: the exact value, on the
 toy world). Below them, each token is coloured by the change of the reward. Orange
-raised it and blue lowered it, relative to the largest change in the response."""
+tokens raised it, blue ones lowered it. The strength of the colour is the change
+relative to the largest one of the response."""
 
 
 @dataclass(frozen=True)

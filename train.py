@@ -64,9 +64,9 @@ from model import (
 from regularizer import REGULARIZERS, last_tokens
 
 LM_GRADIENT_SCALE = 1e-3  # share of L_SFT's gradient that reaches the transformer (GRM)
-SCALE_MOMENTUM = 0.95  # of the running mean S
-MIN_SCALE = 1e-6  # of S, which would vanish if p is 0 everywhere
-INITIAL_SCALE = 0.5  # of S. An untrained model's mean weight is the mean p
+S_MOMENTUM = 0.95  # of S, a running mean of the regularizer's scale
+INITIAL_S = 0.5  # an untrained model has z = 1/2, so its scale is the mean p
+MIN_S = 1e-6  # S would vanish if p is 0 everywhere
 WARMUP_SHARE = 0.25  # of all steps
 LOG_COLUMNS = {
     "bt": "bt",
@@ -96,7 +96,7 @@ class TrainConfig:
     epochs: float = 0.0  # if above 0, sets the steps by the size of the data
     batch_size: int = 32  # pairs (or labelled responses) per update
     learning_rate: float = 0.0  # peak. 0: 2e-3, or 3e-4 with a pretrained model
-    train_last_layers: int = 0  # freeze the embedding and all earlier blocks. 0: none
+    train_last_layers: int = 0  # train only the last N blocks and the heads. 0: all
     log_interval: int = 10  # updates between log lines
     eval_interval: int = 40  # updates between evaluations on val. Each also saves
     device: str = "auto"  # auto, cpu, cuda, cuda:N
@@ -126,8 +126,8 @@ def divide_by_running_mean(penalty, scale, S):
     """L_reg = penalty / S, where S is a running mean of scale. Returns L_reg and S."""
     if scale is None:
         return penalty, S
-    S = SCALE_MOMENTUM * S + (1 - SCALE_MOMENTUM) * scale.detach()
-    S = S.clamp(min=MIN_SCALE)
+    S = S_MOMENTUM * S + (1 - S_MOMENTUM) * scale.detach()
+    S = S.clamp(min=MIN_S)
     return penalty / S, S
 
 
@@ -223,7 +223,7 @@ def lm_loss(model, hidden, batch, mask, lm_weight):
     chosen_mask, _ = mask.chunk(2)  # (B, T)
     n_responses = chosen_mask.any(1).sum().clamp(min=1)
     hidden = scale_gradient(hidden, LM_GRADIENT_SCALE)
-    logprobs = model.lm_logprobs(hidden, batch, n_responses=n_pairs)  # (B, T)
+    logprobs = model.lm_logprobs(hidden, batch, first_rows=n_pairs)  # (B, T)
     return length_normalized_nll(logprobs, batch.mask[:n_pairs], n_responses)
 
 
@@ -246,7 +246,7 @@ def build_or_resume(config, dataset, probs, device):
     run = Run("reward model", config, inputs, writes=is_main_process())
     optimizer = make_optimizer(model, config.learning_rate)
     first_step = run.resume(model, optimizer)
-    S = run.checkpoint["S"] if config.resume else INITIAL_SCALE
+    S = run.checkpoint["S"] if config.resume else INITIAL_S
     return model, optimizer, run, first_step, torch.tensor(S, device=device)
 
 

@@ -73,7 +73,7 @@ def best_threshold(rewards, first_errors):
 
 
 def score_steps(model, tokenizer, config, path):
-    """Read a file. Return its items, the rewards of their steps, and skipped rows."""
+    """Read a file. Return items, their steps' rewards, and how many rows it skipped."""
     items, examples, positions, n_skipped = read_steps(
         path,
         tokenizer,

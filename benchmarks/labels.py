@@ -23,8 +23,8 @@ def evaluate_labels(name, examples, rewards):
 def label_metrics(examples, rewards):
     """Examples with one labelled response -> metrics.
 
-    A correct response is the first of its Example, an incorrect one the second. The
-    other one is an empty array.
+    An Example has two slots. A correct response is in the first, an incorrect one in
+    the second. The other slot is empty.
     A correct response should have a reward above 0, an incorrect one below 0. auc:
     probability that a correct response has a higher reward than an incorrect one
     (ties count half).

@@ -121,7 +121,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     """Example numbers of every batch of one epoch, a list of arrays.
 
     Examples of similar length share a batch, so that little padding is computed: the
-    shuffled epoch is cut into chunks of at most 32 batches and at most a quarter of the
+    shuffled epoch is cut into chunks of at most 32 batches and about a quarter of the
     epoch, and each chunk is sorted by length. The result depends on the arguments
     alone, so a run can resume at any step. An incomplete last batch is
     dropped. A dataset smaller than one batch is one batch.

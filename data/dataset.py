@@ -273,7 +273,8 @@ def write_dataset(
 def tokenize_rows(rows, tokenizer, block_size, skipped, are_pairs=True):
     """[(key, prompt, response, ...), ...] -> [(key, [prompt, response, ...]), ...]
 
-    The texts become lists of token ids. key: anything, such as the row's split
+    The texts become lists of token ids. key: anything, such as the row's split.
+
     A long prompt loses its oldest tokens. A response is never cut: a row with a
     response that leaves no room for a prompt is skipped. So is a pair of two responses
     with the same tokens.

@@ -2,7 +2,7 @@
 
 A file holds one JSON object per line. Rows that cannot be understood are skipped,
 counted by reason, and the first few are printed. If more than a few percent are skipped
-for one reason, that is an error (--max_bad_fraction).
+for one reason, that is an error (--max_bad_fraction), unless the reason is a tie.
 
 Inside the project a conversation is text in the format of HH-RLHF:
 
@@ -331,7 +331,7 @@ def split_shared_messages(prompt, chosen, rejected):
 def find_cut(chosen, rejected):
     """Where the responses begin in two texts that start with the same prompt.
 
-    That is after the last turn marker that both share, or else after the last line.
+    That is after the last turn marker that both share, or else after the last newline.
     """
     shared = os.path.commonprefix([chosen, rejected])
     cuts = [shared.rfind(mark) + len(mark) for mark in MARKERS if mark in shared]

@@ -81,8 +81,9 @@ def convert_unified(row):
 
 
 def convert_gsm8k(row):
-    """{'question', MODEL: {'solution', 'is_correct'}, ...}, or candidates.
+    """{'question', MODEL: {'solution', 'is_correct'}, ...} -> candidates with answers.
 
+    A row that has 'responses' already only gets the answers.
     The final answer is in the last line that begins with 'A:'.
     """
     responses = row.get("responses")
@@ -201,7 +202,8 @@ class RowMaker:
     def __init__(self, kind, val_share, labels):
         self.kind, self.val_share, self.labels = kind, val_share, labels
         self.held_out = []  # candidates of held-out prompts, as JSON lines
-        self.skipped, self.notes, self.sides = Counter(), Counter(), Counter()
+        self.skipped, self.notes = Counter(), Counter()
+        self.row_counts = Counter()  # (split, whether there is a first response): rows
         self.hashes = set()  # of rows
 
     def make_rows(self, items):
@@ -213,7 +215,7 @@ class RowMaker:
             if bool(item.correct) != (self.kind == "labels"):
                 raise UserError("a file holds pairs or labelled responses, not both")
             if self.kind == "pairs":
-                yield self.count(split, item.prompt, *item.responses)
+                yield self.counted(split, item.prompt, *item.responses)
             elif split == "val" and len(item.responses) > 1:
                 self.held_out.append(format_candidates(item))
             for text, correct in zip(item.responses, item.correct):
@@ -221,26 +223,26 @@ class RowMaker:
                 if label is None:
                     self.skipped[NO_LABEL] += 1
                 elif label == 1:
-                    yield self.count(split, item.prompt, text, None)
+                    yield self.counted(split, item.prompt, text, None)
                 else:
-                    yield self.count(split, item.prompt, None, text)
+                    yield self.counted(split, item.prompt, None, text)
 
-    def count(self, split, prompt, first, second):
-        """Count a row, and whether it or its opposite is there already."""
+    def counted(self, split, prompt, first, second):
+        """Return a row. Count it, and whether it or its opposite is there already."""
         if hash((prompt, first, second)) in self.hashes:
             self.notes["repeated rows"] += 1
         if hash((prompt, second, first)) in self.hashes:
             self.notes["rows that contradict another row"] += 1
         self.hashes.add(hash((prompt, first, second)))
-        self.sides[split, first is not None] += 1
+        self.row_counts[split, first is not None] += 1
         return split, prompt, first, second
 
     def check(self, config, path):
         """Raise a UserError if nothing could be learned from the rows."""
-        n_rows = self.sides.total() + self.skipped[NO_LABEL]
+        n_rows = self.row_counts.total() + self.skipped[NO_LABEL]
         check_skipped(path, self.skipped, n_rows, config.max_bad_fraction)
         for split in ("train", "val"):
-            both = self.sides[split, True] and self.sides[split, False]
+            both = self.row_counts[split, True] and self.row_counts[split, False]
             if self.kind == "labels" and not both:
                 raise UserError(
                     f"{path}: all responses of {split} have the same label. Nothing "

@@ -28,9 +28,10 @@ from common import UserError, sha256_of
 def split_pattern():
     """The regular expression that splits text into words before merging.
 
-    A word is the end of a contraction ('s, 'll), or a run of letters and their marks,
-    of digits or of other signs, with one space before it, or white space. All
-    characters are listed, so that Python's re (in training) and tiktoken split alike.
+    A word is one of these: a contraction's ending ('s, 'll), a run of letters with
+    their marks, of digits, or of other characters, each optionally after one space, or
+    a run of white space. All characters are listed, so that Python's re (in training)
+    and tiktoken split alike.
     """
     letters = character_ranges(("L", "M"), extra="\u200c\u200d")
     digits, space = character_ranges(("Nd",)), r"\s\x1c-\x1f"
@@ -129,7 +130,7 @@ class Tokenizer:
                 tokens.append([] if text is None else self.encode_response(text))
             return tokens
 
-        with ThreadPoolExecutor() as pool:  # tiktoken runs outside of Python's lock
+        with ThreadPoolExecutor() as pool:  # tiktoken releases the GIL
             return list(pool.map(encode_row, rows))
 
     def truncate_prompt(self, tokens, room):

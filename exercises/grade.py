@@ -4,7 +4,8 @@
     python exercises/grade.py FOLDER [FOLDER]   one or more copies
 
 Each task is checked in a process of its own, with a time limit. Functions of other
-tasks are replaced by this folder's, so a mistake only costs the points of its own task.
+tasks are those of the folder that this file is in. So in a teacher's folder, a mistake
+only costs the points of its own task.
 Writes FOLDER/grade.json.
 """
 
@@ -51,10 +52,7 @@ def grade(folder):
         if reasons[number]:
             print(f"   {reasons[number]}")
     if folder == ROOT and (reasons[1] or reasons[2]):
-        print(
-            "In your own copy, task 2 uses task 1, and tasks 3, 4 and 7 use both. "
-            "Solve those first."
-        )
+        print("In your own copy, later tasks use tasks 1 and 2. Solve those first.")
     total = sum(points.values())
     print(f"{folder}: {total} of {possible}\n")
     results = {"total": total, "points": points, "lost": reasons}

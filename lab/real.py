@@ -296,7 +296,7 @@ same prefix reward. Other rows with three seeds are compared with the first one.
 `length` prefers the longer response, and `random` has random rewards. Start: the
 pretrained model, or random weights (scratch, one seed, all blocks trained).
 """
-COLUMNS = {  # key of a record -> highest number of a case, column, explanation
+COLUMNS = {  # key of a record -> largest outcome of a case, column, explanation
     "held_out": (1, "held out", "accuracy on pairs of other prompts"),
     "rm_bench": (9, "RM-Bench", "accuracy on its chat subset, 9 pairs per prompt"),
     "rm_bench_hard": (

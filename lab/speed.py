@@ -1,4 +1,4 @@
-"""How much faster the training step is than a simple padded one, on the same batches.
+"""How much faster the training step is than a simple padded one, on the same lengths.
 
     python lab/speed.py                     minutes on two CPU cores
     python lab/speed.py --lengths=gsm8k
@@ -14,7 +14,8 @@ In all three, the reward model's LM head sees chosen responses only. The generat
 step 1 computes the logits of both.
 
 Lengths are those of 512 real pairs (lab/lengths.json). Tokens are random, which does
-not change the speed. A turn is one pass over the 512 pairs. Relative times compare
+not change the speed. In a turn, train.py's step
+reads all pairs and the padded steps read a few batches. Relative times compare
 steps of the same turn, because the speed of a machine varies. "Of peak" is the useful
 work per second, relative to a large matrix product in the same turn. Useful work counts
 every prompt once, and no padding.
@@ -62,8 +63,8 @@ class SpeedConfig:
     n_embd: int = 384  # channels
     vocab_size: int = 4096  # tokens in the vocabulary
     pairs: int = 16  # pairs per batch
-    padded_batches: int = 4  # random batches that the padded steps read per turn
-    turns: int = 3  # passes over all pairs
+    padded_batches: int = 4  # about so many batches the padded steps read per turn
+    turns: int = 3  # passes of train.py's step over all pairs
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer
@@ -124,7 +125,7 @@ class Benchmark:
             rewards = self.model.prefix_rewards(hidden, batch)  # (2B, T)
             n_pairs = len(examples)
             hidden = scale_gradient(hidden, LM_GRADIENT_SCALE)
-            logprobs = self.model.lm_logprobs(hidden, batch, n_responses=n_pairs)
+            logprobs = self.model.lm_logprobs(hidden, batch, first_rows=n_pairs)
             loss_lm = length_normalized_nll(logprobs, batch.mask[:n_pairs])
         loss_bt, _ = bradley_terry(rewards, batch.mask)
         penalty, scale = icrm(rewards, p, batch.mask)

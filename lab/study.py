@@ -110,6 +110,8 @@ class Condition(NamedTuple):
     has_search: bool = True
 
 
+# Records hold these names. "sum" and "veto" are reward rules of the world, and have
+# nothing to do with the prefix reward `sum`. "default" is "sum" with few seeds.
 WORLDS = {
     "sum": Condition(arms=[*REFERENCES, *FACTORIAL, *P_SOURCE_ARMS], seeds=SEEDS),
     "veto": Condition({"reward_rule": "veto"}, {}, [*REFERENCES, *FACTORIAL], SEEDS),

@@ -123,7 +123,8 @@ def export(checkpoint, folder):
     if not name:
         raise UserError(
             "the generator did not start from a pretrained model, so other programs "
-            "cannot read its tokenizer. Train one with generator.py --init_from"
+            "cannot read its tokenizer. Train a generator with --init_from=MODEL, and "
+            "a reward model from it"
         )
     if settings["prefix_reward"] != "last":
         raise UserError("other programs can only compute --prefix_reward=last")

@@ -2,9 +2,9 @@
 
 Byte-level BPE as in SmolLM2, Qwen 2.5, Qwen 3 and Llama 3. Another model, normalizer,
 pre_tokenizer or kind of added token is an error that names it. The folder's own chat
-template and post_processor are not used (ChatFormat). Unlike in transformers, the name
-of a special token in data is plain text. An added token that is not special, such as
-<think>, is read as that token, as in transformers.
+template and post_processor are not used (ChatFormat). If data contains the name of a
+special token, such as <|im_end|>, it is plain text, unlike in transformers. An added
+token that is not special, such as <think>, is read as that token.
 """
 
 import re
@@ -49,8 +49,8 @@ class PretrainedTokenizer(Tokenizer):
 
     Arguments as for Tokenizer, and:
     chat_format: a key of CHAT_FORMATS. Empty: prompts stay as they are in the data
-    special: {name: token id} of all added tokens
-    text_tokens: those of them that are not special, such as <think>
+    special: {name: token id} of all added tokens, special or not
+    text_tokens: the added tokens that are not special, such as <think>
     """
 
     is_pretrained = True
@@ -98,7 +98,7 @@ class PretrainedTokenizer(Tokenizer):
         return tokens
 
     def merge(self, parts):
-        """Merge neighbours as byte-pair encoding does, the smallest token first."""
+        """Merge neighbours, first the pair whose merged token has the smallest id."""
         while True:
             merged = [a + b for a, b in zip(parts, parts[1:])]
             tokens = [part for part in merged if part in self.ranks]

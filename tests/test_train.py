@@ -200,7 +200,7 @@ def test_losses_are_finite_for_extreme_rewards_and_short_responses(inside):
     S = torch.tensor(0.5)
     for _ in range(10_000):  # p = 0: S falls to its floor
         loss_reg, S = train.divide_by_running_mean(S * 0, S * 0, S)
-    assert S == pytest.approx(train.MIN_SCALE) and loss_reg == 0
+    assert S == pytest.approx(train.MIN_S) and loss_reg == 0
     run("out/bf16", dtype="bfloat16", steps=3)
     for record in read_log("out/bf16"):
         assert np.isfinite(list(record.values())).all()
