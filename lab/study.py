@@ -30,7 +30,7 @@ from bon import (
 )
 from data.dataset import dataset_folder, open_dataset
 from data.toy import World
-from evaluate import load_reward_model
+from evaluate import load_reward_model, score
 from generator import load_generator
 from lab.intervals import mean_and_half_width, sign_flip_p
 from lab.runs import (
@@ -46,6 +46,7 @@ SEEDS = range(300, 320)  # settings were chosen on seeds 100 to 102
 FEW_SEEDS = range(320, 325)
 POLICY_SEEDS = range(300, 310)
 TUNING_SEEDS = range(500, 508)
+MAIN_SEEDS = range(600, 620)
 CANDIDATES = BonConfig(prompts=60, samples=64, max_new_tokens=100, device="cpu")
 HALVING_LENGTHS = {  # percent of all tokens -> lengths at which half is dropped
     "25": (6, 11, 16),
@@ -72,8 +73,9 @@ class Arm(NamedTuple):
     regularizer: str = "none"
     prefix_reward: str = "last"
     p_source: str = "generator"
-    steps: int = 0  # 0: those of the condition
-    learning_rate: float = 0.0  # likewise
+    steps: int = 0  # 0: those of the condition, likewise for the next two
+    learning_rate: float = 0.0
+    reg_weight: float = 0.0
 
 
 NONE, ICRM, ICRM_SUM = Arm("none"), Arm("icrm"), Arm("icrm", "sum")
@@ -108,6 +110,7 @@ class Condition(NamedTuple):
     seeds: range = FEW_SEEDS
     train: dict = {"steps": 80, "learning_rate": 2e-3}
     has_search: bool = True
+    measures_fit: bool = False  # of the wrong training labels
 
 
 # Records hold these names. "sum" and "veto" are reward rules of the world, and have
@@ -125,14 +128,29 @@ WORLDS = {
     "width 128": Condition(generator={"n_embd": 128}),
     "poor generator": Condition(generator={"steps": 100}),
 }
+P_ONE, P_INVERSE = Arm("icrm", "last", "uniform"), Arm("icrm", "last", "inverse")
+SQUARE = [NONE, Arm("response_mae"), Arm("dense_bt"), Arm("dense_mae")]
+MAIN = [*SQUARE, ICRM, P_ONE, P_INVERSE, Arm("icrm_gap_bound"), NONE_SUM, ICRM_SUM]
+WORLDS["20% wrong, 500 pairs"] = Condition(
+    {"label_noise": 0.2},
+    arms=[*MAIN, *REFERENCES],
+    seeds=MAIN_SEEDS,
+    train={},
+    measures_fit=True,
+)
 TUNING = []
 for regularizer in ("none", "icrm"):
     for learning_rate in (2e-3, 4e-3, 8e-3):
         for steps in (20, 40, 80):
             arm = Arm(regularizer, steps=steps, learning_rate=learning_rate)
             TUNING.append(arm)
+    for steps in (30, 60):
+        TUNING.append(Arm(regularizer, steps=steps, learning_rate=2e-3))
+for reg_weight in (0.25, 0.75):
+    arm = Arm("icrm", steps=40, learning_rate=2e-3, reg_weight=reg_weight)
+    TUNING.append(arm)
 WORLDS["tuning"] = Condition(
-    {"label_noise": 0.2}, arms=TUNING, seeds=TUNING_SEEDS, has_search=False
+    {"label_noise": 0.2}, arms=TUNING, seeds=TUNING_SEEDS, train={}, has_search=False
 )
 REGIME_WORLDS = [world for world in WORLDS if WORLDS[world].arms is REGIME_ARMS]
 
@@ -166,7 +184,19 @@ def measure_search(rewards, qualities):
     return {name: float(np.mean(array)) for name, array in values.items()}
 
 
-def measure_arm(arm, seed, settings, examples, qualities, with_policies):
+def share_of_wrong_labels_fitted(model, dataset):
+    """The share of training pairs with a wrong label that the model ranks like it."""
+    world, fitted = World(**dataset.metadata["world"]), []
+    examples = list(dataset.split("train"))
+    for example, (chosen, rejected) in zip(examples, score(model, examples)):
+        texts = map(dataset.tokenizer.decode, example.responses)
+        chosen_quality, rejected_quality = map(world.true_quality, texts)
+        if chosen_quality < rejected_quality:
+            fitted.append(chosen[-1] > rejected[-1])
+    return float(np.mean(fitted))
+
+
+def measure_arm(world, arm, seed, settings, dataset, examples, qualities):
     """Train an arm and measure it. Its checkpoint is deleted afterwards.
 
     settings: of train.py: the dataset, the generator, steps and learning rate
@@ -174,7 +204,7 @@ def measure_arm(arm, seed, settings, examples, qualities, with_policies):
     folder = Path(settings["generator"]).parent / "-".join(map(str, arm))
     changed = {name: value for name, value in arm._asdict().items() if value}
     settings = {**settings, **changed, "seed": seed}
-    settings["eval_interval"] = settings["steps"]
+    settings["eval_interval"] = 10**6  # evaluate at the end only
     run_command("train.py", out_dir=folder, **settings)
     splits = read_json(folder / "eval.json", "lab/study.py")["splits"]
     metrics = {}
@@ -183,10 +213,12 @@ def measure_arm(arm, seed, settings, examples, qualities, with_policies):
     metrics["correlation"] = splits["val"]["correlation"]
     metrics["calibration"] = splits["val"]["calibration_error"]
     metrics["remark_change"] = splits["val"]["remark_change"]
+    model, _, _ = load_reward_model(folder, "cpu")
+    if WORLDS[world].measures_fit:
+        metrics["wrong_fitted"] = share_of_wrong_labels_fitted(model, dataset)
     if examples:
-        model, _, _ = load_reward_model(folder, "cpu")
         metrics.update(measure_search(candidate_rewards(model, examples), qualities))
-    if with_policies:
+    if world == "sum" and arm in POLICIES and seed in POLICY_SEEDS:
         for pairs, pairs_split in (("sampled", ""), ("swapped", "swapped")):
             out_dir = folder / f"policy-{pairs}"
             settings = {"pairs_split": pairs_split, "seed": seed, "out_dir": out_dir}
@@ -229,9 +261,8 @@ def run_seed(world, seed, arms):
             mean = float(np.mean([np.mean(quality) for quality in qualities]))
             metrics = dict.fromkeys(SELECTED, mean)
         else:
-            with_policies = world == "sum" and arm in POLICIES and seed in POLICY_SEEDS
             metrics = measure_arm(
-                arm, seed, settings, examples, qualities, with_policies
+                world, arm, seed, settings, dataset, examples, qualities
             )
         record = {"version": VERSION, "world": world, "seed": seed, **arm._asdict()}
         for key, value in metrics.items():
@@ -272,6 +303,10 @@ COLUMNS = {  # key of a record -> column, explanation
     "decoupled": ("decoupled", "accuracy where remarks do not depend on the evidence"),
     "swapped": ("swapped", "accuracy where remarks come from the opposite evidence"),
     "longer": ("longer", "accuracy where responses have more clauses"),
+    "wrong_fitted": (
+        "wrong labels fitted",
+        "share of the wrong training labels that the reward model agrees with",
+    ),
     "correlation": ("correlation", "of predicted and exact value, all prefixes of val"),
     "calibration": (
         "calibration",

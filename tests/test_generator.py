@@ -80,7 +80,7 @@ def test_the_controls_of_p(inside):
     probs = {}
     for source in generator.P_SOURCES:
         probs[source] = Probs(source, dataset, "out/toy-generator")
-    assert len({own.fingerprint for own in probs.values()}) == 4
+    assert len({own.fingerprint for own in probs.values()}) == 5
     for i in range(3):
         for side in (0, 1):
             p, shuffled = probs["generator"][i][side], probs["shuffled"][i][side]
