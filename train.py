@@ -92,13 +92,13 @@ class TrainConfig:
     reg_weight: float = 0.5  # lambda. The regularizer `none` uses 0
     lm_weight: float = 1.0  # weight of L_SFT. 0 skips it
     seed: int = 0  # of the reward head and the order of the data
-    steps: int = 80  # updates
+    steps: int = 40  # updates
     epochs: float = 0.0  # if above 0, sets the steps by the size of the data
     batch_size: int = 32  # pairs (or labelled responses) per update
     learning_rate: float = 0.0  # peak. 0: 2e-3, or 3e-4 with a pretrained model
     train_last_layers: int = 0  # train only the last N blocks and the heads. 0: all
     log_interval: int = 10  # updates between log lines
-    eval_interval: int = 40  # updates between evaluations on val. Each also saves
+    eval_interval: int = 20  # updates between evaluations on val. Each also saves
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer

@@ -365,7 +365,17 @@ class Table(NamedTuple):
     columns: list
 
 
+NOISY = "20% wrong, 500 pairs"
+VERSUS_ICRM = [ICRM, P_ONE, P_INVERSE, Arm("dense_mae"), Arm("icrm_gap_bound")]
+VERSUS_DENSE_BT = [Arm("dense_bt"), Arm("dense_mae"), ICRM]
+NOISY_ACCURACY = [*ACCURACY, "wrong_fitted"]
+NOISY_ALL = [*NOISY_ACCURACY, "best_of_64", "halving_38"]
 TABLES = [
+    Table("Choice of steps and learning rate", ["tuning"], TUNING, ["val"]),
+    Table("Noisy labels: accuracy", [NOISY], MAIN, NOISY_ACCURACY),
+    Table("Noisy labels: search", [NOISY], [*MAIN, *REFERENCES], SELECTED),
+    Table("Noisy labels: compared with icrm", [NOISY], VERSUS_ICRM, NOISY_ALL),
+    Table("Noisy labels: compared with dense_bt", [NOISY], VERSUS_DENSE_BT, NOISY_ALL),
     Table("Summary", ["sum"], [*SUMMARY, *REFERENCES], BRIEF),
     Table("Regularizers and prefix rewards", ["sum"], FACTORIAL, ACCURACY),
     Table("Sources of p", ["sum"], P_SOURCE_ARMS, ACCURACY),
@@ -385,6 +395,8 @@ def count_comparisons():
     """The number of different comparisons in the tables (for Bonferroni)."""
     comparisons = set()
     for table in TABLES:
+        if table.arms is TUNING:  # its table shows no differences
+            continue
         for world in table.worlds:
             for arm in table.arms[1:]:
                 for column in table.columns:
@@ -429,7 +441,11 @@ def format_cell(results, world, arm, base, column):
 
 def format_table(results, table):
     """The lines of a table. Arms with fewer than len(FEW_SEEDS) seeds are left out."""
-    header = ["world", "regularizer", "p", "prefix reward", "seeds"]
+    header = ["world", "regularizer", "p", "prefix reward"]
+    is_tuning = table.arms is TUNING
+    if is_tuning:
+        header += ["steps", "learning rate", "λ"]
+    header += ["seeds"]
     header += [COLUMNS[column][0] for column in table.columns]
     rows = []
     for world in table.worlds:
@@ -440,9 +456,14 @@ def format_table(results, table):
             if n_seeds < len(FEW_SEEDS):
                 continue
             p_source = arm.p_source if arm.regularizer in USES_P else ""
-            row = [world, arm.regularizer, p_source, arm.prefix_reward, str(n_seeds)]
+            row = [world, arm.regularizer, p_source, arm.prefix_reward]
+            if is_tuning:
+                row += [str(arm.steps), str(arm.learning_rate)]
+                row += [str(arm.reg_weight or "") if arm.regularizer != "none" else ""]
+            row += [str(n_seeds)]
             for column in table.columns:
-                row.append(format_cell(results, world, arm, table.arms[0], column))
+                base = arm if is_tuning else table.arms[0]
+                row.append(format_cell(results, world, arm, base, column))
             rows.append(row)
     return markdown_table(header, rows)
 

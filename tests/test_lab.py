@@ -114,7 +114,8 @@ def test_arms_exist_and_are_distinct():
             assert arm.prefix_reward in PREFIX_REWARDS
             assert arm.p_source in P_SOURCES
     n_runs = sum(len(arms) for _, _, arms in study.find_jobs([]))
-    assert n_runs == 20 * (27 + 2) + 20 * (18 + 2) + 9 * 5 * (3 + 2)
+    noisy = 20 * (10 + 2) + 8 * (2 * (9 + 2) + 2)
+    assert n_runs == 20 * (27 + 2) + 20 * (18 + 2) + 9 * 5 * (3 + 2) + noisy
 
 
 def test_settings_of_every_world_are_understood():
