@@ -202,6 +202,9 @@ def check_task_5(module):
     probs.p_source = "uniform"
     ones = np.ones((2, 30))
     expect(np.array_equal(probs[0], ones), "uniform: 1 at every token")
+    probs.p_source = "inverse"
+    inverse = [1 - p for p in pairs[0]]
+    expect(np.allclose(probs[0], inverse), "inverse: 1 - p at every token")
     probs.p_source = "shuffled"
     correlations, permutations = [], set()
     for i, pair in enumerate(pairs):

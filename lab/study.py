@@ -295,8 +295,9 @@ the table's first row of the same world, over the seeds that both have, with the
 half-width of its 95% interval. Differences are paired by seed. A bold one is
 significant in an exact sign-flip test, after Bonferroni correction over all
 {comparisons} differences of these tables. The column p is empty for regularizers that
-ignore p. The worlds `sum` and `default` are both the default toy world, with different
-seeds. Version of the project that the runs are from: {versions}.
+ignore p. The worlds `sum` and `default` are both the toy world with right labels, with
+different seeds. Worlds of version 3 of the project: {current}. All others are of
+version 2 (commit ff3cabb), with 80 steps.
 """
 COLUMNS = {  # key of a record -> column, explanation
     "val": ("val", "accuracy on val, which has the training distribution"),
@@ -307,10 +308,11 @@ COLUMNS = {  # key of a record -> column, explanation
         "wrong labels fitted",
         "share of the wrong training labels that the reward model agrees with",
     ),
-    "correlation": ("correlation", "of predicted and exact value, all prefixes of val"),
+    "correlation": ("correlation", "of predicted and exact value V, prefixes of val"),
     "calibration": (
         "calibration",
-        "mean gap between predicted and exact value, in ten bins of predicted value",
+        "mean gap between predicted value and C, what the labels imply "
+        "(version 2: V), in ten bins of predicted value",
     ),
     "remark_change": (
         "remarks / evidence",
@@ -471,9 +473,9 @@ def format_table(results, table):
 def format_tables(records):
     """All tables, as Markdown, with an explanation of the columns."""
     results = index_records(records)
-    versions = sorted({str(record["version"]) for record in records})
+    current = {record["world"] for record in records if record["version"] == VERSION}
     introduction = INTRODUCTION.format(
-        comparisons=count_comparisons(), versions=", ".join(versions)
+        comparisons=count_comparisons(), current="; ".join(sorted(current)) or "none"
     )
     lines = ["## The study on the toy world", "", introduction]
     lines += markdown_table(["column", "meaning"], list(COLUMNS.values()))

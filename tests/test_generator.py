@@ -85,6 +85,7 @@ def test_the_controls_of_p(inside):
         for side in (0, 1):
             p, shuffled = probs["generator"][i][side], probs["shuffled"][i][side]
             assert (probs["uniform"][i][side] == 1).all()
+            assert np.allclose(probs["inverse"][i][side], 1 - p)
             assert shuffled[0] == p[0] and not np.array_equal(shuffled, p)
             assert sorted(shuffled) == sorted(p)
             assert np.array_equal(shuffled, probs["shuffled"][i][side])
