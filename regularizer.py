@@ -40,7 +40,7 @@ gradient of 1 - z. So the gradient of `icrm` is that of `dense_mae`, the absolut
 between every z_t and its label 1 (times 2, and times 1 at both ends of a response).
 This error is symmetric: the errors under both labels add up to 1. So the minimiser of
 its expectation does not change if a share e < 1/2 of all labels is flipped at random
-(arXiv 1712.09482). The minimiser of `dense_bt` does.
+(arXiv 1712.09482). That of `dense_bt` does.
 
 4. Where its gradient is zero. Let every prefix h have one free reward, s = sigma(r),
 and let data be unlimited. Let C(h) be the probability that a training response that

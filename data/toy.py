@@ -247,8 +247,10 @@ class World:
             for other_quality, q in self.outcomes(State()).items():
                 if quality == other_quality:
                     continue
-                wrong = self.wrong_label_probability(quality - other_quality)
-                chosen += p * q * (1 - wrong if quality > other_quality else wrong)
+                is_chosen = self.wrong_label_probability(quality - other_quality)
+                if quality > other_quality:
+                    is_chosen = 1 - is_chosen
+                chosen += p * q * is_chosen
                 total += p * q
         return chosen / total
 
@@ -354,10 +356,8 @@ def main(config):
     worlds, rows, train_texts = split_worlds(world), [], []
     for split, split_world in worlds.items():
         is_train = split == "train"
-        count, seed = (
-            config.train if is_train else config.test,
-            f"{config.seed} {split}",
-        )
+        count = config.train if is_train else config.test
+        seed = f"{config.seed} {split}"
         pairs = sample_pairs(split_world, count, seed, has_true_labels=not is_train)
         for pair in pairs:
             rows.append((split, *pair))
