@@ -215,7 +215,7 @@ NOISY_WORLDS = [
 def test_the_target_is_what_the_training_labels_imply(world):
     """The share of chosen ones among training responses with the same first clause."""
     counts = {kind: [0, 0] for kind in ("good", "bad", "filler")}
-    n_wrong, pairs = 0, sample_pairs(world, 6000, "target", has_true_labels=False)
+    n_wrong, pairs = 0, sample_pairs(world, 3000, "target", has_true_labels=False)
     for _, *responses in pairs:
         qualities = [world.true_quality(text) for text in responses]
         n_wrong += qualities[0] < qualities[1]
@@ -236,7 +236,7 @@ def test_the_target_is_what_the_training_labels_imply(world):
         assert n_chosen / n == pytest.approx(target, abs=4 * (0.25 / n) ** 0.5), kind
     assert world.target(State()) == pytest.approx(0.5)
     if world.label_model == "flip":
-        assert n_wrong / 6000 == pytest.approx(world.label_noise, abs=0.03)
+        assert n_wrong / 3000 == pytest.approx(world.label_noise, abs=0.03)
         for state in states.values():  # C = e + (1 - 2 e) P
             clean = dataclasses.replace(world, label_noise=0.0).target(state)
             shrunk = world.label_noise + (1 - 2 * world.label_noise) * clean
