@@ -372,8 +372,11 @@ VERSUS_ICRM = [ICRM, P_ONE, P_INVERSE, Arm("dense_mae"), Arm("icrm_gap_bound")]
 VERSUS_DENSE_BT = [Arm("dense_bt"), Arm("dense_mae"), ICRM]
 NOISY_ACCURACY = [*ACCURACY, "wrong_fitted"]
 NOISY_ALL = [*NOISY_ACCURACY, "best_of_64", "halving_38"]
+NOISY_SUMMARY = ["val", "decoupled", "swapped", "correlation", "calibration"]
+NOISY_SUMMARY += ["best_of_64", "halving_38"]
 TABLES = [
     Table("Choice of steps and learning rate", ["tuning"], TUNING, ["val"]),
+    Table("Noisy labels: summary", [NOISY], MAIN, NOISY_SUMMARY),
     Table("Noisy labels: accuracy", [NOISY], MAIN, NOISY_ACCURACY),
     Table("Noisy labels: search", [NOISY], [*MAIN, *REFERENCES], SELECTED),
     Table("Noisy labels: compared with icrm", [NOISY], VERSUS_ICRM, NOISY_ALL),
@@ -475,7 +478,7 @@ def format_tables(records):
     results = index_records(records)
     current = {record["world"] for record in records if record["version"] == VERSION}
     introduction = INTRODUCTION.format(
-        comparisons=count_comparisons(), current="; ".join(sorted(current)) or "none"
+        comparisons=count_comparisons(), current=" and ".join(sorted(current)) or "none"
     )
     lines = ["## The study on the toy world", "", introduction]
     lines += markdown_table(["column", "meaning"], list(COLUMNS.values()))
