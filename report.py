@@ -247,8 +247,9 @@ def split_figures(metrics, device, model, checkpoint, dataset):
                 metrics["value_bins"],
                 0.0,
                 "z",
-                "exact value",
-                f"Calibration of z. Mean gap to the dashed line: {error:.3f}.",
+                "C",
+                "Calibration of z. C is the value that the training labels imply. Mean "
+                f"gap to the dashed line: {error:.3f}.",
             )
         )
     if dataset.kind == "toy":
