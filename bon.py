@@ -175,7 +175,7 @@ def sample_responses(
     return examples
 
 
-def drop_truncated(examples, tokenizer):
+def keep_finished(examples, tokenizer):
     """Keep only the responses that end with end-of-text."""
     finished = []
     for example in examples:
@@ -192,16 +192,16 @@ def drop_truncated(examples, tokenizer):
 
 def candidate_rewards(model, examples):
     """`score` for many responses per prompt. Equal responses are scored once."""
-    parts, owners = [], []
-    for number, example in enumerate(examples):
+    parts, example_indices = [], []
+    for i, example in enumerate(examples):
         distinct = {response.tobytes(): response for response in example.responses}
         for responses in chunks(distinct.values(), RESPONSES_PER_ROW):
             parts.append(Example(example.prompt, tuple(responses)))
-            owners.append(number)
+            example_indices.append(i)
     rewards_of = [{} for _ in examples]
-    for number, part, rewards in zip(owners, parts, score(model, parts)):
+    for i, part, rewards in zip(example_indices, parts, score(model, parts)):
         for response, reward in zip(part.responses, rewards):
-            rewards_of[number][response.tobytes()] = reward
+            rewards_of[i][response.tobytes()] = reward
     results = []
     for rewards, example in zip(rewards_of, examples):
         results.append([rewards[response.tobytes()] for response in example.responses])
@@ -479,7 +479,7 @@ def sample_candidates(generator, dataset, config):
         config.seed,
         config.max_new_tokens,
     )
-    finished = drop_truncated(examples, dataset.tokenizer)
+    finished = keep_finished(examples, dataset.tokenizer)
     finished = [example for example in finished if example.responses]
     if not finished:
         raise UserError("no response was finished. Raise --max_new_tokens")
@@ -529,7 +529,7 @@ def main(config):
             config.max_bad_fraction,
         )
         print_prompt_hint(config.candidates, items, tokenizer, checkpoint["is_chat"])
-        gold_scores = [item.correct for item in items]
+        gold_scores = [item.labels for item in items]
         prompts = [item.prompt for item in items]
     else:
         generator, dataset, score_gold = open_generator(tokenizer, checkpoint, config)

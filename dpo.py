@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from bon import (
     check_same_tokenizer,
-    drop_truncated,
+    keep_finished,
     final_rewards,
     sample_responses,
 )
@@ -132,7 +132,7 @@ def make_pairs(reference, reward_model, tokenizer, examples, config):
             config.seed,
             config.max_new_tokens,
         )
-    examples = drop_truncated(examples, tokenizer)
+    examples = keep_finished(examples, tokenizer)
     pairs = select_best_and_worst(examples, final_rewards(reward_model, examples))
     if not pairs:
         raise UserError(
@@ -219,7 +219,7 @@ def policy_metrics(examples, reward_model, dataset):
     tokenizer = dataset.tokenizer
     responses = [response for example in examples for response in example.responses]
     texts = [tokenizer.decode(response) for response in responses]
-    finished = drop_truncated(examples, tokenizer)
+    finished = keep_finished(examples, tokenizer)
     rewards = np.concatenate(final_rewards(reward_model, finished))
     metrics = {}
     if dataset.kind == "toy":
@@ -279,8 +279,8 @@ def compare(policy, reference, reward_model, judge, dataset, prompts, config):
         lines.append([key, *cells])
     print_lines(lines)
     if judge:
-        finished_policy = drop_truncated(policy_examples, tokenizer)
-        finished_reference = drop_truncated(reference_examples, tokenizer)
+        finished_policy = keep_finished(policy_examples, tokenizer)
+        finished_reference = keep_finished(reference_examples, tokenizer)
         rate = win_rate(judge, finished_policy, finished_reference)
         results["win_rate"] = rate
         if rate is None:

@@ -57,7 +57,7 @@ class EvalConfig:
     checkpoint: str = ""  # a reward model: its folder or ckpt.pt
     data: str = ""  # a JSONL file of pairs. empty: the splits of the model's dataset
     steps: str = ""  # a JSONL file of solutions in steps: find the first wrong step
-    threshold_from: str = ""  # another such file. Steps below a threshold are wrong
+    threshold_from: str = ""  # another such file, to choose the threshold on
     compare: str = ""  # evaluated runs to show side by side: DIR,DIR,...
     json: str = ""  # write the results to this file
     wrap_as_chat: bool = False  # wrap plain prompts as one user message

@@ -98,7 +98,7 @@ class TrainConfig:
     learning_rate: float = 0.0  # peak. 0: 2e-3, or 3e-4 with a pretrained model
     train_last_layers: int = 0  # train only the last N blocks and the heads. 0: all
     log_interval: int = 10  # updates between log lines
-    eval_interval: int = 20  # updates between evaluations on val. Each also saves
+    eval_interval: int = 20  # updates between checkpoints, each evaluated on val
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto (bfloat16 on CUDA), float32, bfloat16
     compile: bool = False  # torch.compile the transformer

@@ -53,7 +53,8 @@ def evaluate_file(model, tokenizer, config, trained_on_chat):
 def group_by_subset(items, examples, rewards):
     """The arguments of evaluate_pairs, and RM-Bench's wins, of every subset.
 
-    item.cell is the styles of an RM-Bench pair (chosen, rejected). Others have none.
+    item.cell holds the styles of an RM-Bench pair (chosen, rejected). It is empty in
+    other pairs.
     """
     by_subset = defaultdict(lambda: ([], [], []))
     wins = defaultdict(lambda: defaultdict(list))

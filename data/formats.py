@@ -110,7 +110,7 @@ class Item(NamedTuple):
 
     prompt: str
     responses: tuple  # chosen and rejected, candidates, or one solution
-    correct: tuple = ()  # of candidates: a number for each
+    labels: tuple = ()  # of candidates: for each, 0 or 1, or a gold score
     answers: tuple = ()  # of candidates: final answers, if every one has one
     ends: tuple = ()  # of a solution: where its steps end in the text
     first_error: int = -1  # of a solution: the first wrong step, from 0. -1: none
@@ -300,8 +300,9 @@ def split_shared_prompt(prompt, chosen, rejected):
         return prompt, chosen, rejected, ""
     if prompt is None:
         cut = find_cut(chosen, rejected)
-        if any(mark in text[cut:] for mark in MARKERS for text in (chosen, rejected)):
-            raise BadRow(DIFFERENT_TURNS)
+        for mark in MARKERS:
+            if mark in chosen[cut:] or mark in rejected[cut:]:
+                raise BadRow(DIFFERENT_TURNS)
         return chosen[:cut], chosen[cut:], rejected[cut:], ""
     if isinstance(prompt, str) and len(prompt) > MIN_REPEATED:
         texts = chosen, rejected
@@ -567,7 +568,10 @@ def row_keys(row):
     keys = list(row)
     responses = row.get("responses")
     if is_list_of(dict, responses):
-        for key in {key for response in responses for key in response}:
+        response_keys = {}  # a dictionary keeps their order
+        for response in responses:
+            response_keys.update(response)
+        for key in response_keys:
             if key not in RESPONSE_KEYS:
                 keys.append(f"responses.{key}")
     return keys
@@ -683,7 +687,7 @@ def drop_long_candidates(item, tokenizer, block_size, skipped):
     skipped[LONG_CANDIDATE] += len(item.responses) - len(kept)
     return item._replace(
         responses=tuple(item.responses[i] for i in kept),
-        correct=tuple(item.correct[i] for i in kept),
+        labels=tuple(item.labels[i] for i in kept),
         answers=tuple(item.answers[i] for i in kept if item.answers),
     )
 

@@ -177,7 +177,7 @@ def find_labels(config, source, path):
     """Which label values mean incorrect and correct: {value: 0 or 1}. Skip the rest."""
     distinct = set()
     for item in read_file(config, source, path):
-        distinct.update(item.correct)
+        distinct.update(item.labels)
     values = sorted(distinct)
     if config.threshold > -math.inf:
         return {value: int(value >= config.threshold) for value in values}
@@ -212,13 +212,13 @@ class RowMaker:
             prompt = " ".join(item.prompt.split()).casefold()
             digest = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
             split = "val" if digest % 10000 < self.val_share * 10000 else "train"
-            if bool(item.correct) != (self.kind == "labels"):
+            if bool(item.labels) != (self.kind == "labels"):
                 raise UserError("a file holds pairs or labelled responses, not both")
             if self.kind == "pairs":
                 yield self.counted(split, item.prompt, *item.responses)
             elif split == "val" and len(item.responses) > 1:
                 self.held_out.append(format_candidates(item))
-            for text, correct in zip(item.responses, item.correct):
+            for text, correct in zip(item.responses, item.labels):
                 label = self.labels.get(correct)
                 if label is None:
                     self.skipped[NO_LABEL] += 1
@@ -256,7 +256,7 @@ def format_candidates(item):
     """The JSON line that parse_candidates turns into the same item."""
     responses = []
     for i, text in enumerate(item.responses):
-        response = {"text": text, "correct": item.correct[i]}
+        response = {"text": text, "correct": item.labels[i]}
         if item.answers:
             response["answer"] = item.answers[i]
         responses.append(response)
@@ -269,7 +269,7 @@ def prepare(config, source, path):
     items = read_file(config, source, path, bad_rows)
     first = next(items)
     kind, labels = "pairs", {}
-    if first.correct:
+    if first.labels:
         kind, labels = "labels", find_labels(config, source, path)
     elif config.threshold > -math.inf:
         raise UserError("--threshold needs labelled responses. This file has pairs")

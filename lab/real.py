@@ -108,7 +108,7 @@ class Benchmarks:
         self.rm_bench, self.rm_bench_pairs, _ = read_pairs(config.rm_bench, *arguments)
         items, examples, _ = read_candidates(config.candidates, *arguments)
         self.candidates = examples[:N_CANDIDATE_SETS]
-        self.correct = [item.correct for item in items]
+        self.correct = [item.labels for item in items]
         items, self.solutions, self.step_ends, _ = read_steps(config.steps, *arguments)
         self.first_errors = np.array([item.first_error for item in items])
         numbers = {}

@@ -6,7 +6,7 @@
 A seed is a new dataset, generator, training run and set of candidates. All arms use
 the same seeds, and differences are paired by seed. An arm is trained by `python
 train.py` with the defaults of all other settings. A finished run is one line of the
-results and is not repeated. lab/study.jsonl holds runs of version 2.
+results and is not repeated. lab/study.jsonl holds runs of versions 2 and 3.
 """
 
 import sys

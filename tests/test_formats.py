@@ -290,7 +290,7 @@ def test_blank_steps_belong_to_their_neighbours(steps, first_error, expected):
 def test_labels_may_be_text_as_in_a_converted_csv():
     for text, label in (("1", 1.0), ("0.5", 0.5), ("True", 1.0), ("false", 0.0)):
         (item,) = parse_candidates({"prompt": "Q", "completion": "a", "label": text})
-        assert item.correct == (label,)
+        assert item.labels == (label,)
 
 
 def test_keys_of_responses_that_are_not_read_are_printed(tmp_path, capsys):
@@ -418,7 +418,7 @@ def test_a_long_candidate_is_dropped_alone(tmp_path, bpe):
     with pytest.raises(UserError, match="1 of 2 candidates are skipped"):
         read_candidates(path, bpe, 4)
     (item,), (example,), _ = read_candidates(path, bpe, 4, max_bad_fraction=1)
-    assert item.correct == (0.0,) and len(example.responses) == 1
+    assert item.labels == (0.0,) and len(example.responses) == 1
 
 
 def test_the_last_token_of_every_step_is_known(tmp_path, bpe):
